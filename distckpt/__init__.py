@@ -1,0 +1,76 @@
+"""Checkpoints for distributed training launched by MPI: saved by each rank, committed by a manifest, loaded anywhere."""
+
+from __future__ import annotations
+
+from distckpt.api import (
+    SavePlan,
+    load,
+    load_into,
+    open,
+    plan,
+    save,
+    save_async,
+)
+from distckpt.checkpoint import Checkpoint, StoredTensor
+from distckpt.coordinator import Coordinator, Solo
+from distckpt.errors import (
+    CheckpointError,
+    CheckpointExists,
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    IncompleteCheckpoint,
+    LayoutError,
+    LoadFailed,
+    MatchError,
+    SaveFailed,
+    StoreError,
+    UnsupportedFormat,
+)
+from distckpt.loader import LoadReport
+from distckpt.manager import Manager
+from distckpt.match import Matching, match
+from distckpt.mesh import Mesh
+from distckpt.pending import PendingCheckpoint
+from distckpt.policy import EverySteps, KeepLast
+from distckpt.region import Region
+from distckpt.state import FlatShard, Net, PerRank, Shard
+from distckpt.store import Store
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointExists",
+    "CheckpointNotFound",
+    "Coordinator",
+    "CorruptCheckpoint",
+    "EverySteps",
+    "FlatShard",
+    "IncompleteCheckpoint",
+    "KeepLast",
+    "LayoutError",
+    "LoadFailed",
+    "LoadReport",
+    "Manager",
+    "MatchError",
+    "Matching",
+    "Mesh",
+    "Net",
+    "PendingCheckpoint",
+    "PerRank",
+    "Region",
+    "SaveFailed",
+    "SavePlan",
+    "Shard",
+    "Solo",
+    "Store",
+    "StoreError",
+    "StoredTensor",
+    "UnsupportedFormat",
+    "load",
+    "load_into",
+    "match",
+    "open",
+    "plan",
+    "save",
+    "save_async",
+]

@@ -1,0 +1,407 @@
+"""A handle to a committed checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from distckpt import codec
+from distckpt.coordinator import Solo
+from distckpt.errors import (
+    CheckpointError,
+    CorruptCheckpoint,
+    IncompleteCheckpoint,
+    MatchError,
+)
+from distckpt.layout import Layout
+from distckpt.load_plan import LoadOptions, ResolvePerRank
+from distckpt.loader import LoadReport
+from distckpt.loader import load_into as load_net
+from distckpt.manifest import Manifest, Pieces
+from distckpt.match import Prefixes, Rename
+from distckpt.plan import (
+    Wants,
+    plan_read,
+)
+from distckpt.reader import BlockReader, Work, exchange, read_manifest, stored_files
+from distckpt.region import Region
+from distckpt.store import Store
+from distckpt.team import Operation, Team, connect
+from distckpt.waiting import drive
+
+Url = str | os.PathLike[str] | Store
+StorageOptions = Mapping[str, object] | None
+
+
+class Checkpoint:
+    """A committed checkpoint. Its manifest is read when first needed; tensors are read when asked for.
+
+    Not collective, but for `load_into`. Safe to use from several threads.
+    """
+
+    def __init__(
+        self, store: Store, manifest: Manifest | None = None, save_id: int | None = None
+    ) -> None:
+        self._store = store
+        self._known = manifest
+        self._save_id = save_id
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The record of what is stored where."""
+        found = self._known or read_manifest(self._store)
+        if self._save_id is not None and found.save_id != self._save_id:
+            raise CheckpointError(
+                f"{self.url}: another save has replaced this checkpoint; open it again"
+            )
+        return found
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return self._store.url
+
+    @property
+    def metadata(self) -> Mapping[str, object]:
+        """What the saver gave as metadata."""
+        return dict(self.manifest.metadata or {})
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Numbers that the saver gave, such as the loss."""
+        return dict(self.manifest.metrics or {})
+
+    @property
+    def step(self) -> int | None:
+        """The training step; None if it was not saved by a Manager."""
+        return self.manifest.step
+
+    @property
+    def created(self) -> datetime:
+        """When it was committed."""
+        return datetime.fromtimestamp(self.manifest.created_ns / 1e9, UTC)
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks saved it."""
+        return self.manifest.ranks
+
+    @property
+    def values(self) -> Mapping[str, object]:
+        """Plain values by name."""
+        return dict(self.manifest.values)
+
+    @property
+    def per_rank(self) -> Mapping[str, PerRankValues]:
+        """Per-rank values by name; ``checkpoint.per_rank["rng"][3]`` is rank 3's."""
+        return {name: PerRankValues(self, name) for name in self.manifest.per_rank}
+
+    def __len__(self) -> int:
+        return len(self.manifest.names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.manifest.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.manifest.index
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        """Find a tensor; nothing is read.
+
+        Raises:
+            MatchError: No tensor of this name.
+        """
+        if name not in self.manifest.index:
+            raise MatchError(
+                f"{self.url}: no tensor {name!r}; there are {len(self)}: {', '.join(list(self)[:20])}",
+                missing=[name],
+            )
+        return StoredTensor(self, name)
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.url!r}>"
+
+    def load_into(
+        self,
+        net: object,
+        *,
+        comm: object = None,
+        strict: bool = False,
+        filter_prefix: Prefixes = (),
+        only_prefix: Prefixes = (),
+        select: Callable[[str], bool] | None = None,
+        rename: Rename | None = None,
+        cast: bool = True,
+        verify: bool = True,
+        per_rank: ResolvePerRank | None = None,
+        timeout_s: float = 600,
+    ) -> LoadReport:
+        """Collective if `comm` has several ranks. Load into a net; see `distckpt.load_into`.
+
+        Here `comm=None` always means this process alone.
+        """
+        team = Team(Solo()) if comm is None else connect(comm)
+        options = LoadOptions(
+            strict, filter_prefix, only_prefix, select, rename, cast, verify, per_rank, timeout_s
+        )
+        return load_net(team, self._store, net, options, manifest=lambda _: self.manifest)
+
+    def verify(self) -> int:
+        """Read every byte of every file, and compare it with its checksum.
+
+        Returns:
+            The number of bytes read.
+
+        Raises:
+            CorruptCheckpoint: All damage at once: which file and bytes, and the tensors in them.
+        """
+        manifest = self.manifest
+        files = stored_files(manifest)
+        blocks = BlockReader(self._store, dict(enumerate(files)), manifest.block_bytes)
+        damage: list[str] = []
+        first: CheckpointError | None = None
+        for number, stored in enumerate(files):
+            try:
+                self._check_length(stored.name, int(manifest.file_length[number]))
+                blocks.table(number)
+            except CheckpointError as exc:
+                damage.append(f"{exc} (holds {self._tensors_in(number, 0, stored.table_start)})")
+                first = first or exc
+                continue
+            for block in range(-(-stored.table_start // manifest.block_bytes)):
+                try:
+                    blocks.read(number, block)
+                except CheckpointError as exc:
+                    start = block * manifest.block_bytes
+                    held = self._tensors_in(number, start, start + manifest.block_bytes)
+                    damage.append(f"{exc} (holds {held})")
+                    first = first or exc
+        if damage:
+            raise CorruptCheckpoint(
+                f"{self.url}: {len(damage)} damaged places:\n  " + "\n  ".join(damage),
+                path=getattr(first, "path", None),
+                offset_bytes=getattr(first, "offset_bytes", None),
+            )
+        return blocks.bytes_read
+
+    def _check_length(self, name: str, expected: int) -> None:
+        try:
+            found = self._store.size(name)
+        except FileNotFoundError:
+            raise IncompleteCheckpoint(f"{self.url}/{name}: the file is not there") from None
+        if found != expected:
+            raise CorruptCheckpoint(
+                f"{self.url}/{name}: {found} bytes long, saved were {expected}",
+                path=name,
+                offset_bytes=min(found, expected),
+            )
+
+    def _tensors_in(self, file: int, start_byte: int, stop_byte: int) -> str:
+        """Name what lies in a stretch of a file."""
+        pieces = self.manifest.pieces
+        rows = np.flatnonzero(
+            (pieces.file == file)
+            & (pieces.offset_bytes < stop_byte)
+            & (pieces.offset_bytes + pieces.size_bytes > start_byte)
+        )
+        names = []
+        for row in rows[:8].tolist():
+            tensor = int(pieces.tensor[row])
+            pad = pieces.start.shape[1] - len(self.manifest.layout_of(tensor).shape)
+            box = Region(
+                tuple(pieces.start[row, pad:].tolist()), tuple(pieces.stop[row, pad:].tolist())
+            )
+            names.append(f"{self.manifest.names[tensor]}{box}")
+        more = f", … ({len(rows)} pieces)" if len(rows) > len(names) else ""
+        return (", ".join(names) or "no tensor: header or per-rank values") + more
+
+    def _read(
+        self, pieces: Pieces, itemsize: np.ndarray, tensor: int, region: Region, out: np.ndarray
+    ) -> None:
+        """Read a box of a tensor into a C-contiguous array of its shape."""
+        manifest = self.manifest
+        width = pieces.start.shape[1]
+        pad = width - len(region.start)
+        wants = Wants(
+            np.zeros(1, np.int64),
+            np.zeros(1, np.int64),
+            np.array([tensor]),
+            np.array([(0,) * pad + region.start], np.int64),
+            np.array([(1,) * pad + region.stop], np.int64),
+        )
+        fragments = plan_read(pieces, itemsize, wants, block_bytes=manifest.block_bytes, ranks=1)
+        work = Work(fragments, manifest.block_bytes)
+        blocks = BlockReader(
+            self._store, dict(enumerate(stored_files(manifest))), manifest.block_bytes
+        )
+
+        def put(key: int, box: Region, values: np.ndarray) -> None:
+            del key
+            inner = Region(box.start[pad:], box.stop[pad:]).relative_to(region.start)
+            out[inner.slices] = values.reshape(inner.shape)
+
+        operation = Operation(Solo(), 0, 0.0)
+        failure = drive(exchange(operation, 2, work, blocks, lambda _: out.dtype, put))
+        if failure is not None:
+            raise failure
+
+    def _read_tensor(self, name: str, region: Region) -> np.ndarray:
+        tensor = self.manifest.index[name]
+        out = np.empty(region.shape, self.manifest.dtype_of(tensor).numpy)
+        if out.size:
+            self._read(self.manifest.pieces, self.manifest.itemsize, tensor, region, out)
+        return out
+
+    def _read_blob(self, name: str, rank: int) -> object:
+        file, offset, length = self.manifest.blob_place(name, rank)
+        if not length:
+            raise MatchError(
+                f"{self.url}: rank {rank} saved no value under {name!r}", missing=[name]
+            )
+        out = np.empty(length, np.uint8)
+        one = np.ones(1, np.int64)
+        pieces = Pieces(
+            0 * one, np.array([[0]]), np.array([[length]]), file * one, offset * one, length * one
+        )
+        self._read(pieces, one, 0, Region((0,), (length,)), out)
+        return codec.unpack(memoryview(out))
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a checkpoint; nothing is read before it is indexed.
+
+    Examples:
+        ``checkpoint["w"][...]`` is all of it, ``checkpoint["w"][10:20, ::2]`` reads only what the
+        slice needs.
+    """
+
+    checkpoint: Checkpoint
+    name: str
+
+    @property
+    def layout(self) -> Layout:
+        """How it is cut and where it is stored."""
+        manifest = self.checkpoint.manifest
+        return manifest.layout_of(manifest.index[self.name])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its whole shape."""
+        return self.layout.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Its dtype, little-endian."""
+        manifest = self.checkpoint.manifest
+        return manifest.dtype_of(manifest.index[self.name]).numpy
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return Region.whole(self.shape).size * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError(f"{self.name!r} is a scalar and has no len()")
+        return self.shape[0]
+
+    def read(self, region: Region | None = None) -> np.ndarray:
+        """Read the tensor, or one region of it, whatever layout it was saved with.
+
+        Args:
+            region: Box in global coordinates; the whole tensor by default.
+
+        Returns:
+            A new C-contiguous array of the region's shape.
+
+        Raises:
+            CorruptCheckpoint: A file is short, or a checksum differs.
+            IncompleteCheckpoint: A file is not there.
+            IndexError: The region lies outside.
+        """
+        region = Region.whole(self.shape) if region is None else region
+        if len(region.start) != self.ndim or any(
+            b > n for b, n in zip(region.stop, self.shape, strict=False)
+        ):
+            raise IndexError(f"{region} is not in {self.name!r} of shape {self.shape}")
+        return self.checkpoint._read_tensor(self.name, region)  # noqa: SLF001
+
+    def __getitem__(self, index: object) -> np.ndarray:
+        """Read what a numpy index of ints, slices and an Ellipsis selects; only that is read, but for strides."""
+        entries = list(index) if isinstance(index, tuple) else [index]
+        if Ellipsis in entries:
+            at = entries.index(Ellipsis)
+            entries[at : at + 1] = [slice(None)] * (self.ndim - len(entries) + 1)
+        entries += [slice(None)] * (self.ndim - len(entries))
+        if len(entries) != self.ndim:
+            raise IndexError(f"{len(entries)} indices for {self.name!r} of {self.ndim} dimensions")
+        start, stop, inner = [], [], []
+        for dim, (entry, extent) in enumerate(zip(entries, self.shape, strict=True)):
+            if isinstance(entry, slice):
+                chosen = range(extent)[entry]
+                low, high = (min(chosen), max(chosen) + 1) if chosen else (0, 0)
+                first = chosen.start - low
+                last = first + len(chosen) * chosen.step
+                inner.append(
+                    slice(first, last if last >= 0 else None, chosen.step)
+                    if chosen
+                    else slice(0, 0)
+                )
+            elif isinstance(entry, (int, np.integer)) and not isinstance(entry, bool):
+                low = int(entry) + (extent if entry < 0 else 0)
+                if not 0 <= low < extent:
+                    raise IndexError(
+                        f"index {entry} is out of range for dimension {dim} of {self.name!r}, of extent {extent}"
+                    )
+                high = low + 1
+                inner.append(0)  # type: ignore[arg-type]
+            else:
+                raise TypeError(
+                    f"{self.name!r} is indexed with ints, slices and an Ellipsis, not {type(entry).__name__}; "
+                    "read it first: tensor[...][index]"
+                )
+            start.append(low)
+            stop.append(high)
+        return self.read(Region(tuple(start), tuple(stop)))[tuple(inner)]
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        """Read the whole tensor."""
+        del copy
+        return self.read() if dtype is None else self.read().astype(dtype)
+
+    def __repr__(self) -> str:
+        return f"<StoredTensor {self.name!r} {self.dtype.name} {self.shape}>"
+
+
+@dataclass(frozen=True, slots=True)
+class PerRankValues(Sequence[object]):
+    """One per-rank value of every rank; each is read when asked for."""
+
+    checkpoint: Checkpoint
+    name: str
+
+    def __len__(self) -> int:
+        return self.checkpoint.ranks
+
+    def __getitem__(self, rank: Any) -> Any:
+        """Read a rank's value.
+
+        Raises:
+            MatchError: This rank saved none.
+            IndexError: No such rank.
+        """
+        if not isinstance(rank, int) or not 0 <= rank < len(self):
+            raise IndexError(f"rank {rank!r} of {self.name!r}, saved by ranks 0 to {len(self) - 1}")
+        return self.checkpoint._read_blob(self.name, rank)  # noqa: SLF001

@@ -1,0 +1,143 @@
+"""``python -m distckpt info|ls|verify URL``: look at checkpoints. rich's only door, where it is installed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from distckpt.api import open as open_checkpoint
+from distckpt.checkpoint import Checkpoint
+from distckpt.errors import CheckpointError, CheckpointNotFound
+from distckpt.manager import Manager
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit status: 0, or 1 when a checkpoint is missing or damaged (2 for wrong arguments).
+    """
+    parser = argparse.ArgumentParser(prog="distckpt", description="Look at checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, function, text in (
+        ("info", _info, "what a checkpoint is: when, by how many ranks, how large"),
+        ("ls", _list, "the tensors of a checkpoint, or the checkpoints of a run"),
+        ("verify", _verify, "read every byte and compare the checksums"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("url", help="a path, or any URL that fsspec knows")
+        command.set_defaults(run=function)
+    chosen = parser.parse_args(arguments)
+    try:
+        chosen.run(chosen.url)
+    except CheckpointError as exc:
+        sys.stderr.write(f"{type(exc).__name__}: {exc}\n")
+        return 1
+    return 0
+
+
+def _info(url: str) -> None:
+    checkpoint = open_checkpoint(url)
+    manifest = checkpoint.manifest
+    rows = [
+        ("url", checkpoint.url),
+        ("created", f"{checkpoint.created:%Y-%m-%d %H:%M:%S} UTC"),
+        ("step", "-" if checkpoint.step is None else str(checkpoint.step)),
+        ("saved by", f"{checkpoint.ranks} rank{'s' if checkpoint.ranks > 1 else ''}"),
+        ("save id", f"{manifest.save_id:016x}"),
+        ("tensors", f"{len(checkpoint)}, {size_text(manifest.tensor_bytes)}"),
+        ("files", f"{len(manifest.file_names)}, {size_text(int(manifest.file_length.sum()))}"),
+    ]
+    rows += [(f"metric {name}", f"{value:g}") for name, value in checkpoint.metrics.items()]
+    rows += [(f"value {name}", f"{value!r:.60}") for name, value in checkpoint.values.items()]
+    rows += [(f"per rank {name}", "one a rank") for name in checkpoint.per_rank]
+    rows += [(f"metadata {name}", f"{value!r:.60}") for name, value in checkpoint.metadata.items()]
+    _table(("", ""), rows)
+
+
+def _list(url: str) -> None:
+    try:
+        checkpoint = open_checkpoint(url)
+    except CheckpointNotFound:
+        runs = Manager(url, comm=_alone())
+        steps = runs.steps()
+        if not steps:
+            raise
+        _table(
+            ("step", "created", "ranks", "size", "metrics"), [_step_row(runs.open(s)) for s in steps]
+        )
+        return
+    manifest = checkpoint.manifest
+    rows = []
+    for name in checkpoint:
+        tensor = checkpoint[name]
+        pieces = len(tensor.layout)
+        files = len(set(tensor.layout.file.tolist()))
+        shape = " × ".join(map(str, tensor.shape)) or "scalar"
+        rows.append(
+            (name, tensor.dtype.name, shape, size_text(tensor.nbytes), f"{pieces} in {files}")
+        )
+    _table(("tensor", "dtype", "shape", "size", "pieces in files"), rows)
+    others = len(manifest.values) + len(manifest.per_rank)
+    if others:
+        sys.stdout.write(f"and {others} values: see `info`\n")
+
+
+def _alone() -> object:
+    from distckpt.coordinator import Solo
+
+    return Solo()
+
+
+def _step_row(checkpoint: Checkpoint) -> tuple[str, ...]:
+    return (
+        str(checkpoint.step),
+        f"{checkpoint.created:%Y-%m-%d %H:%M:%S}",
+        str(checkpoint.ranks),
+        size_text(checkpoint.manifest.tensor_bytes),
+        ", ".join(f"{name} {value:.4g}" for name, value in checkpoint.metrics.items()),
+    )
+
+
+def _verify(url: str) -> None:
+    checkpoint = open_checkpoint(url)
+    size = checkpoint.verify()
+    files = len(checkpoint.manifest.file_names)
+    sys.stdout.write(f"{checkpoint.url}: good: {size_text(size)} in {files} files\n")
+
+
+def size_text(size_bytes: int) -> str:
+    """Write a size for people, in powers of 1000.
+
+    Examples:
+        >>> size_text(999), size_text(1234567)
+        ('999 B', '1.2 MB')
+    """
+    size, unit = float(size_bytes), "B"
+    for larger in ("kB", "MB", "GB", "TB", "PB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; plainly where rich is not installed, or nobody is looking."""
+    if sys.stdout.isatty() and find_spec("rich") is not None:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=None, show_header=any(header), header_style="bold", pad_edge=False)
+        for title in header:
+            table.add_column(title, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    lines = [header, *rows] if any(header) else list(rows)
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        sys.stdout.write("  ".join(cells).rstrip() + "\n")

@@ -1,0 +1,9 @@
+"""Manifests and plain values to bytes and back: protobuf's only door."""
+
+from __future__ import annotations
+
+from distckpt.codec.envelope import unwrap, wrap
+from distckpt.codec.manifest import decode, encode
+from distckpt.codec.plain import decode_value, encode_value, pack, unpack
+
+__all__ = ["decode", "decode_value", "encode", "encode_value", "pack", "unpack", "unwrap", "wrap"]

@@ -1,0 +1,316 @@
+"""Manifests to bytes and back, with all that a manifest says about itself checked."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from distckpt import dtypes
+from distckpt._pb import manifest_pb2 as pb
+from distckpt.codec.envelope import unwrap, wrap
+from distckpt.codec.plain import MAX_DIMENSIONS, from_value, to_value
+from distckpt.errors import CorruptCheckpoint, UnsupportedFormat
+from distckpt.layout import Grid, Layout, wrong_covers
+from distckpt.manifest import TABLE_DIGEST_BYTES, Manifest, pad_columns, table_bytes
+
+MAX_BYTES = 1 << 62
+_MAX_HEADER_BYTES = 100_000_000
+
+
+def encode(manifest: Manifest) -> bytes:
+    """Encode a manifest, envelope included."""
+    message = pb.Manifest(
+        save_id=manifest.save_id,
+        created_ns=manifest.created_ns,
+        ranks=manifest.ranks,
+        block_bytes=manifest.block_bytes,
+        step=manifest.step,
+        tensors=_encode_tensors(manifest),
+        layouts=_encode_layouts(manifest.layouts),
+        files=pb.Files(
+            length=manifest.file_length.tolist(),
+            data_start=manifest.file_data_start.tolist(),
+            digest=b"".join(manifest.file_digest),
+        ),
+    )
+    if manifest.values:
+        message.values.name.extend(manifest.values)
+        message.values.value.extend(
+            to_value(value, None, name) for name, value in manifest.values.items()
+        )
+    if manifest.per_rank:
+        message.per_rank.name.extend(manifest.per_rank)
+        for lengths in manifest.per_rank.values():
+            message.per_rank.length.extend(lengths.tolist())
+        message.per_rank.file.extend(manifest.per_rank_file.tolist())
+    if manifest.metadata is not None:
+        message.metadata.CopyFrom(to_value(dict(manifest.metadata), None, "metadata"))
+    if manifest.metrics is not None:
+        message.metrics.CopyFrom(to_value(dict(manifest.metrics), None, "metrics"))
+    return wrap(message.SerializeToString(deterministic=True))
+
+
+def _encode_tensors(manifest: Manifest) -> Any:
+    suffix, shared, previous = [], [], ""
+    for name in manifest.names:
+        prefix = os.path.commonprefix([previous, name])
+        suffix.append(name[len(prefix) :])
+        shared.append(len(prefix.encode()))
+        previous = name
+    return pb.Tensors(
+        suffix=suffix,
+        shared=shared,
+        dtype=manifest.dtype.tolist(),
+        layout=manifest.layout.tolist(),
+    )
+
+
+def _encode_layouts(layouts: Sequence[Layout]) -> Any:
+    message = pb.Layouts()
+    for layout in layouts:
+        message.ndim.append(len(layout.shape))
+        message.shape.extend(layout.shape)
+        grid = layout.grid()
+        if grid is None:
+            message.boxes.append(len(layout))
+            message.start.extend(layout.start.reshape(-1).tolist())
+            message.extent.extend((layout.stop - layout.start).reshape(-1).tolist())
+            message.file.extend(layout.file.tolist())
+        else:
+            message.boxes.append(0)
+            message.parts.extend(grid.parts)
+            message.rule.extend(grid.rule)
+            message.file_base.append(grid.file_base)
+            message.file_stride.extend(grid.file_stride)
+    return message
+
+
+def decode(data: bytes, *, path: str = "manifest") -> Manifest:
+    """Decode a manifest, and check all that it says about itself.
+
+    Raises:
+        UnsupportedFormat: Not ours, or newer.
+        CorruptCheckpoint: Damaged, or it breaks an invariant of the format.
+    """
+    payload = unwrap(data, path=path)
+    try:
+        message = pb.Manifest.FromString(payload)
+        return _decode(message)
+    except CorruptCheckpoint as exc:
+        raise CorruptCheckpoint(f"{path}: {exc}", path=path) from exc
+    except (DecodeError, ValueError, RecursionError) as exc:
+        raise CorruptCheckpoint(f"{path}: not a valid manifest: {exc}", path=path) from exc
+
+
+def _decode(message: Any) -> Manifest:
+    files = message.files
+    count = len(files.length)
+    _need(message.save_id != 0, "the save id is 0")
+    _need(message.ranks >= 1, "it was saved by no rank")
+    block_bytes = message.block_bytes
+    _need(
+        4096 <= block_bytes <= 1 << 30 and block_bytes & (block_bytes - 1) == 0,
+        f"a block size of {block_bytes} bytes",
+    )
+    _need(
+        len(files.data_start) == count and len(files.digest) == count * TABLE_DIGEST_BYTES,
+        "columns of unequal length for the files",
+    )
+    length, data_start = _column(files.length), _column(files.data_start)
+    _need(
+        bool(
+            ((data_start % 4096 == 0) & (data_start > 0) & (data_start <= _MAX_HEADER_BYTES)).all()
+        ),
+        "a shard file's data does not start at a multiple of 4096",
+    )
+    layouts = _decode_layouts(message.layouts, count)
+    tensors = message.tensors
+    names = _decode_names(tensors)
+    dtype, layout = _column(tensors.dtype), _column(tensors.layout)
+    _need(len(dtype) == len(layout) == len(names), "columns of unequal length for the tensors")
+    unknown = [code for code in np.unique(dtype).tolist() if code not in dtypes.BY_CODE]
+    if unknown:
+        raise UnsupportedFormat(f"unknown dtype codes {unknown}; install a newer distckpt")
+    _need(bool((layout < len(layouts)).all()), "a tensor's layout does not exist")
+    values = message.values
+    _need(len(values.name) == len(values.value), "columns of unequal length for the values")
+    per_rank, per_rank_file = _decode_per_rank(message.per_rank, message.ranks, count)
+    manifest = Manifest(
+        save_id=message.save_id,
+        created_ns=message.created_ns,
+        ranks=message.ranks,
+        block_bytes=block_bytes,
+        step=message.step if message.HasField("step") else None,
+        names=names,
+        dtype=dtype,
+        layout=layout,
+        layouts=layouts,
+        file_length=length,
+        file_data_start=data_start,
+        file_digest=[
+            files.digest[index : index + TABLE_DIGEST_BYTES]
+            for index in range(0, len(files.digest), TABLE_DIGEST_BYTES)
+        ],
+        values={
+            name: from_value(value, memoryview(b""))
+            for name, value in zip(values.name, values.value, strict=True)
+        },
+        per_rank=per_rank,
+        per_rank_file=per_rank_file,
+        metadata=_dict(message, "metadata"),
+        metrics=_dict(message, "metrics"),
+    )
+    everything = manifest.all_names
+    _need(len(set(everything)) == len(everything), "a name is there twice")
+    _need(all("\0" not in name for name in everything), "a name holds a NUL character")
+    for index in np.unique(layout * 256 + dtype).tolist():
+        shape = layouts[index // 256].shape
+        _need(
+            math.prod(shape) * dtypes.BY_CODE[index % 256].itemsize <= MAX_BYTES,
+            f"a tensor of shape {shape} is too large",
+        )
+    table_start = manifest.file_table_start
+    expected = table_start + [table_bytes(start, block_bytes) for start in table_start.tolist()]
+    _need(
+        np.array_equal(expected, length),
+        "a shard file's length is not that of its tensors and checksums",
+    )
+    return manifest
+
+
+def _decode_names(tensors: Any) -> list[str]:
+    _need(len(tensors.suffix) == len(tensors.shared), "columns of unequal length for the names")
+    names, previous = [], b""
+    for suffix, shared in zip(tensors.suffix, tensors.shared, strict=True):
+        _need(shared <= len(previous), "a name shares more than the name before it has")
+        previous = previous[:shared] + suffix.encode()
+        names.append(previous.decode())
+    return names
+
+
+def _decode_layouts(message: Any, files: int) -> list[Layout]:
+    ndim, shape, boxes = _column(message.ndim), _column(message.shape), _column(message.boxes)
+    start, extent, file = _column(message.start), _column(message.extent), _column(message.file)
+    parts, rule = _column(message.parts), _column(message.rule)
+    file_base, file_stride = _column(message.file_base), _column(message.file_stride, signed=True)
+    is_grid = boxes == 0
+    _need(bool((ndim <= MAX_DIMENSIONS).all()), f"more than {MAX_DIMENSIONS} dimensions")
+    _need(
+        len(boxes) == len(ndim)
+        and len(shape) == ndim.sum()
+        and len(start) == len(extent) == (boxes * ndim).sum()
+        and len(file) == boxes.sum()
+        and len(parts) == len(rule) == len(file_stride) == ndim[is_grid].sum()
+        and len(file_base) == is_grid.sum(),
+        "columns of unequal length for the layouts",
+    )
+    _need(bool((parts >= 1).all()) and bool((rule <= 1).all()), "a grid of no or unknown cut")
+    _need(bool((file < files).all()), "a box lies in a file that does not exist")
+    layouts: list[Layout] = []
+    at_shape = at_box = at_number = at_grid = at_base = 0
+    for dims, count in zip(ndim.tolist(), boxes.tolist(), strict=True):
+        whole = tuple(shape[at_shape : at_shape + dims].tolist())
+        _need(math.prod(extent or 1 for extent in whole) <= MAX_BYTES, f"a shape of {whole}")
+        at_shape += dims
+        if count:
+            low = start[at_number : at_number + count * dims].reshape(count, dims)
+            high = low + extent[at_number : at_number + count * dims].reshape(count, dims)
+            layouts.append(Layout(whole, low, high, file[at_box : at_box + count]))
+            at_number += count * dims
+            at_box += count
+        else:
+            cells = slice(at_grid, at_grid + dims)
+            grid = Grid(
+                tuple(parts[cells].tolist()),
+                tuple(rule[cells].tolist()),
+                int(file_base[at_base]),
+                tuple(file_stride[cells].tolist()),
+            )
+            # A rank holds a box or a few of a tensor, so a grid has no more cells than that.
+            _need(math.prod(grid.parts) <= 64 * files, f"a grid of {grid.parts} over {files} files")
+            layouts.append(Layout.of_grid(whole, grid))
+            _need(
+                bool(((layouts[-1].file >= 0) & (layouts[-1].file < files)).all()),
+                "a grid lies in a file that does not exist",
+            )
+            at_grid += dims
+            at_base += 1
+    _check_cover(layouts)
+    return layouts
+
+
+def _check_cover(layouts: Sequence[Layout]) -> None:
+    """Check invariant I3: the boxes of every layout cover its shape exactly once; and their order."""
+    for layout in layouts:
+        if 0 in layout.shape or not layout.shape:
+            whole = [0] * len(layout.shape)
+            _need(
+                len(layout) == 1
+                and layout.start[0].tolist() == whole
+                and tuple(layout.stop[0].tolist()) == layout.shape,
+                f"a layout of shape {layout.shape} is not one whole box",
+            )
+    proper = [layout for layout in layouts if layout.shape and 0 not in layout.shape]
+    if not proper:
+        return
+    width = max(len(layout.shape) for layout in proper)
+    tensor = np.repeat(np.arange(len(proper)), [len(layout) for layout in proper])
+    start = np.concatenate([pad_columns(layout.start, width, 0) for layout in proper])
+    stop = np.concatenate([pad_columns(layout.stop, width, 1) for layout in proper])
+    shape = pad_columns(
+        np.array([[1] * (width - len(x.shape)) + list(x.shape) for x in proper], np.int64), width, 1
+    )
+    _need(bool((start < stop).all()), "an empty box")
+    faulty = wrong_covers(tensor, start, stop, shape)
+    _need(
+        not faulty.size,
+        f"the boxes of a tensor of shape {proper[int(faulty[0])].shape if faulty.size else ()} do not cover it exactly once",
+    )
+    order = np.lexsort((*start.T[::-1], tensor))
+    _need(bool((order == np.arange(len(order))).all()), "boxes that are not in order")
+
+
+def _decode_per_rank(
+    message: Any, ranks: int, files: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    names = list(message.name)
+    if not names:
+        return {}, np.zeros(0, np.int64)
+    length, file = _column(message.length), _column(message.file)
+    _need(
+        len(length) == len(names) * ranks and len(file) == ranks,
+        "columns of unequal length for the per-rank values",
+    )
+    table = length.reshape(len(names), ranks)
+    holders = np.flatnonzero((table > 0).any(axis=0))
+    _need(
+        bool((file[holders] < files).all()) and len(np.unique(file[holders])) == len(holders),
+        "per-rank values lie in files that do not exist, or two ranks' in one",
+    )
+    return dict(zip(names, table, strict=True)), file
+
+
+def _dict(message: Any, field: str) -> dict[str, Any] | None:
+    if not message.HasField(field):
+        return None
+    value = from_value(getattr(message, field), memoryview(b""))
+    if not isinstance(value, dict):
+        raise CorruptCheckpoint(f"the {field} is not a dict")
+    return value
+
+
+def _column(values: Any, *, signed: bool = False) -> np.ndarray:
+    column = np.array(values, np.int64 if signed else np.uint64)
+    if not signed:
+        _need(not len(column) or int(column.max()) <= MAX_BYTES, "a number beyond all limits")
+    return column.astype(np.int64)
+
+
+def _need(condition: bool, fault: str) -> None:
+    if not condition:
+        raise CorruptCheckpoint(f"the manifest breaks the format: {fault}")

@@ -1,0 +1,168 @@
+"""Nested plain values to bytes and back, arrays included.
+
+Encoded, they are *blobs*: per-rank values are stored as blobs, and ranks send each other blobs.
+A blob can name no class and run no code, whatever its bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from distckpt import dtypes
+from distckpt._pb import manifest_pb2 as pb
+from distckpt.errors import CorruptCheckpoint, LayoutError
+
+MAX_DIMENSIONS = 32
+MAX_DEPTH = 60
+
+
+def pack(value: object) -> bytes:
+    """Encode a nested plain value as a blob.
+
+    Args:
+        value: None, bool, int of any size, float, str, bytes, numpy arrays and scalars, and lists,
+            tuples and dicts (keys are plain) of these.
+
+    Raises:
+        LayoutError: A value of another type, or nested deeper than 60.
+    """
+    arrays: list[np.ndarray] = []
+    tree = to_value(value, arrays, "value").SerializeToString()
+    return b"".join([struct.pack("<Q", len(tree)), tree, *(array.tobytes() for array in arrays)])
+
+
+def unpack(blob: bytes | memoryview) -> Any:
+    """Decode a blob. Arrays are new and writable.
+
+    Raises:
+        CorruptCheckpoint: Not a blob.
+    """
+    view = memoryview(blob)
+    try:
+        (length,) = struct.unpack_from("<Q", view)
+        if length > len(view) - 8:
+            raise CorruptCheckpoint(f"a blob of {len(view)} bytes claims a tree of {length} bytes")
+        tree = pb.Value.FromString(bytes(view[8 : 8 + length]))
+        return from_value(tree, view[8 + length :])
+    except (struct.error, DecodeError, ValueError) as exc:
+        if isinstance(exc, CorruptCheckpoint):
+            raise
+        raise CorruptCheckpoint(f"not a blob of plain values: {exc}") from exc
+
+
+def encode_value(value: object) -> bytes:
+    """Encode a plain value without arrays; equal bytes mean equal values, also for NaN and −0.0."""
+    return to_value(value, None, "value").SerializeToString(deterministic=True)  # type: ignore[no-any-return]
+
+
+def decode_value(data: bytes) -> Any:
+    """Decode what `encode_value` made."""
+    return from_value(pb.Value.FromString(data), memoryview(b""))
+
+
+def to_value(value: object, arrays: list[np.ndarray] | None, where: str, depth: int = 0) -> Any:
+    if depth > MAX_DEPTH:
+        raise LayoutError(f"{where}: nested deeper than {MAX_DEPTH}")
+    if isinstance(value, np.generic | np.ndarray) or (
+        arrays is not None and hasattr(value, "__array__")
+    ):
+        return _to_array(value, arrays, where)
+    if value is None:
+        return pb.Value(null=True)
+    if isinstance(value, bool):
+        return pb.Value(boolean=value)
+    if isinstance(value, int):
+        if -(1 << 63) <= value < 1 << 63:
+            return pb.Value(integer=value)
+        return pb.Value(
+            big_integer=value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+        )
+    if isinstance(value, float):
+        return pb.Value(real=value)
+    if isinstance(value, str):
+        try:
+            return pb.Value(text=value)
+        except UnicodeEncodeError as exc:
+            raise LayoutError(f"{where}: not valid Unicode ({exc.reason})") from exc
+    if isinstance(value, bytes | bytearray | memoryview):
+        return pb.Value(raw=bytes(value))
+    if isinstance(value, list | tuple):
+        items = [
+            to_value(item, arrays, f"{where}[{index}]", depth + 1)
+            for index, item in enumerate(value)
+        ]
+        return (
+            pb.Value(list=pb.List(item=items))
+            if isinstance(value, list)
+            else pb.Value(tuple=pb.List(item=items))
+        )
+    if isinstance(value, Mapping):
+        keys = [to_value(key, None, f"a key of {where}", depth + 1) for key in value]
+        items = [
+            to_value(item, arrays, f"{where}[{key!r}]", depth + 1) for key, item in value.items()
+        ]
+        return pb.Value(dict=pb.Dict(key=keys, item=items))
+    raise LayoutError(
+        f"{where}: {type(value).__name__} can't be stored here; use plain values"
+        + (", arrays," if arrays is not None else "")
+        + " and lists, tuples and dicts of them"
+    )
+
+
+def _to_array(value: object, arrays: list[np.ndarray] | None, where: str) -> Any:
+    array = np.asarray(value)
+    entry = dtypes.find(array.dtype)
+    if arrays is None or entry is None:
+        what = f"an array of dtype {array.dtype}" if arrays is not None else "an array"
+        raise LayoutError(f"{where}: {what} can't be stored here")
+    shape = array.shape
+    # Scalars stay scalars: a shape of () is an array of no dimensions.
+    array = np.ascontiguousarray(array, entry.numpy).reshape(shape)
+    offset = sum(other.nbytes for other in arrays)
+    arrays.append(array)
+    return pb.Value(array=pb.Array(dtype=entry.code, shape=shape, offset=offset))
+
+
+def from_value(value: Any, data: memoryview) -> Any:
+    kind = value.WhichOneof("kind")
+    if kind is None:
+        raise CorruptCheckpoint("a value of no kind, or of one that this version doesn't know")
+    content = getattr(value, kind)
+    if kind == "null":
+        return None
+    if kind == "big_integer":
+        return int.from_bytes(content, "little", signed=True)
+    if kind == "list":
+        return [from_value(item, data) for item in content.item]
+    if kind == "tuple":
+        return tuple(from_value(item, data) for item in content.item)
+    if kind == "dict":
+        if len(content.key) != len(content.item):
+            raise CorruptCheckpoint("a dict with unequal numbers of keys and items")
+        return {
+            from_value(key, data): from_value(item, data)
+            for key, item in zip(content.key, content.item, strict=True)
+        }
+    if kind == "array":
+        entry = dtypes.BY_CODE.get(content.dtype)
+        if entry is None:
+            raise CorruptCheckpoint(f"an array of unknown dtype code {content.dtype}")
+        size = math.prod(content.shape)
+        end = content.offset + size * entry.itemsize
+        if end > len(data) or len(content.shape) > MAX_DIMENSIONS:
+            raise CorruptCheckpoint(
+                f"an array of shape {tuple(content.shape)} ends at byte {end} of {len(data)}"
+            )
+        flat = (
+            np.frombuffer(data, entry.numpy, size, content.offset)
+            if size
+            else np.empty(0, entry.numpy)
+        )
+        return flat.reshape(tuple(content.shape)).copy()
+    return content

@@ -1,0 +1,309 @@
+"""A save in the background: written by each rank, then committed by the coordinator."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from distckpt import codec
+from distckpt.errors import (
+    CheckpointError,
+    CheckpointExists,
+    CorruptCheckpoint,
+    SaveFailed,
+    StoreError,
+    UnsupportedFormat,
+    from_plain,
+    raise_together,
+    ranks_text,
+    text,
+    to_plain,
+)
+from distckpt.manifest import BLOCK_BYTES, MANIFEST_NAME, Manifest, shard_name
+from distckpt.plan import (
+    WritePlan,
+)
+from distckpt.prepare import Save, late_error
+from distckpt.store import Store, read_object
+from distckpt.team import COORDINATOR, Late
+from distckpt.waiting import Waiting, in_thread
+from distckpt.writer import write_file
+
+logger = logging.getLogger(__name__)
+# How long a network file system may take to show the coordinator a file that another node has made.
+_LOOKUP_S = 5.0
+
+
+def _differing_replicas(outcomes: Sequence[Mapping[str, Any]], plan: WritePlan) -> str | None:
+    """Compare the checksums of replicas; None if all agree, else what differs and the ways out."""
+    check = np.concatenate([outcome["checks"]["check"] for outcome in outcomes])
+    value = np.concatenate([outcome["checks"]["sum"] for outcome in outcomes])
+    rank = np.repeat(
+        np.arange(len(outcomes)), [len(outcome["checks"]["check"]) for outcome in outcomes]
+    )
+    order = np.lexsort((rank, check))
+    check, value, rank = check[order], value[order], rank[order]
+    if not len(check):
+        return None
+    first = np.searchsorted(check, check)
+    differs = value != value[first]
+    if not differs.any():
+        return None
+    ranks: dict[str, set[int]] = {}
+    for row in np.flatnonzero(differs).tolist():
+        name = plan.names[int(plan.check_tensor[check[row]])]
+        ranks.setdefault(name, set()).add(int(rank[row]))
+    lines = [
+        f"{name!r} on {ranks_text(sorted(found))} differs from the lowest rank's"
+        for name, found in ranks.items()
+    ]
+    return (
+        f"{len(lines)} tensors that claim to be the same on several ranks are not:\n  "
+        + "\n  ".join(lines[:20])
+        + ("\n  …" if len(lines) > 20 else "")
+        + '\nSynchronise them before saving; or pass replicas={"<name or glob>": "rank0"} to store the lowest rank\'s, '
+        '"trust" not to compare; or wrap what differs on purpose in PerRank.'
+    )
+
+
+def write(save: Save) -> None:
+    """Write this rank's files. Never raises: what went wrong is told at the commit."""
+    if save.failure is not None:
+        return
+    try:
+        for file, image in save.images.items():
+            staged = save.staged.get(file)
+            save.written.append(
+                write_file(save.store, file, save.files, save.save_id, image, staged)
+            )
+    except Exception as exc:
+        save.failure = to_plain(exc)
+
+
+def commit(save: Save) -> Waiting[Manifest | None]:
+    """Collective. Bring all ranks' outcomes together and write the manifest: the manifest is the commit.
+
+    Returns:
+        The manifest at the coordinator, None elsewhere.
+
+    Raises:
+        SaveFailed, CheckpointExists: The same on every rank. This rank's files are gone, unless it
+        is unknown whether
+            the commit took place.
+    """
+    operation, store = save.operation, save.store
+    outcome = {
+        "error": save.failure,
+        "node": save.node,
+        "files": [
+            (record.file, record.length, record.data_start, record.digest)
+            for record in save.written
+        ],
+        "blobs": save.blob_lengths,
+        "checks": save.checks
+        if save.checks
+        else {"check": np.zeros(0, np.int64), "sum": np.zeros(0, np.int64)},
+    }
+    result: dict[str, Any] = {"error": None}
+    manifest: Manifest | None = None
+    try:
+        outcomes = yield from operation.gather(0, outcome, "finish writing")
+        if outcomes is not None:
+            manifest = yield from in_thread(lambda: _commit_at_coordinator(save, outcomes))
+    except Late as late:
+        result = {"error": to_plain(late_error(late, store.url))}
+    except Exception as exc:
+        if not isinstance(exc, CheckpointError):
+            logger.exception("%s: the commit failed at the coordinator", store.url)
+        failed = (
+            exc
+            if isinstance(exc, SaveFailed | CheckpointExists)
+            else _failed_at_coordinator(store, exc)
+        )
+        result = {"error": to_plain(failed)}
+    try:
+        result = yield from operation.broadcast(1, result, "decide whether the save is committed")
+    except Late as late:
+        raise late_error(late, store.url, committed=None) from late
+    if result["error"] is not None:
+        error = from_plain(result["error"])
+        if getattr(error, "committed", False) is False:
+            _discard(save)
+        raise error
+    return manifest
+
+
+def _failed_at_coordinator(store: Store, exc: Exception) -> SaveFailed:
+    return SaveFailed(
+        f"{store.url}: the commit failed at the coordinator: {text(exc)}",
+        failures={COORDINATOR: text(exc)},
+    )
+
+
+def _discard(save: Save) -> None:
+    """Delete the files of a save that will never be committed."""
+    names = [shard_name(record.file, save.files, save.save_id) for record in save.written]
+    if names:
+        try:
+            save.store.delete(names)
+        except (OSError, CheckpointError) as exc:
+            logger.warning(
+                "%s: %d files of a failed save are left: %s", save.store.url, len(names), exc
+            )
+
+
+def _commit_at_coordinator(save: Save, outcomes: Sequence[Mapping[str, Any]]) -> Manifest:
+    store, plan = save.store, save.plan
+    assert plan is not None
+    raise_together(
+        {rank: found["error"] for rank, found in enumerate(outcomes) if found["error"]},
+        store.url,
+        SaveFailed,
+        "save",
+    )
+    differing = _differing_replicas(outcomes, plan)
+    if differing is not None:
+        raise SaveFailed(f"{store.url}: {differing}", failures={COORDINATOR: differing})
+    _look_up(save, outcomes)
+    manifest = _make_manifest(save, plan, outcomes)
+    replaced = _read_replaced(store) if save.options.overwrite else None
+    _put_manifest(store, manifest, replace=save.options.overwrite)
+    if replaced is not None:
+        # Only now: until the new manifest stood, they were the last committed checkpoint.
+        try:
+            store.delete(replaced.file_names)
+        except (OSError, CheckpointError) as exc:
+            logger.warning("%s: files of the replaced checkpoint are left: %s", store.url, exc)
+    return manifest
+
+
+def _look_up(save: Save, outcomes: Sequence[Mapping[str, Any]]) -> None:
+    """See one new file of each node by its exact name: a folder that isn't shared would make a checkpoint of holes."""
+    missing: dict[str, str] = {}
+    for rank in range(len(outcomes)):
+        outcome = outcomes[rank]
+        # The last rank of a node counts, and not the coordinator where another wrote: its own
+        # memory:// it always sees.
+        if outcome["files"] and (rank != COORDINATOR or outcome["node"] not in missing):
+            missing[outcome["node"]] = shard_name(outcome["files"][0][0], save.files, save.save_id)
+    deadline = time.monotonic() + _LOOKUP_S
+    pause_s = 0.01
+    while True:
+        for node, name in list(missing.items()):
+            with suppress(FileNotFoundError):
+                save.store.size(name)
+                del missing[node]
+        if not missing:
+            return
+        if time.monotonic() > deadline:
+            break
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 1.0)
+    nodes = ", ".join(f"{node} ({name})" for node, name in missing.items())
+    raise SaveFailed(
+        f"{save.store.url}: the coordinator, on {save.node}, can't see what was written on: {nodes}. The URL "
+        "must be one storage for all ranks: not a node's own folder, and not memory:// over several processes",
+        failures={
+            rank: "its file is not visible to the coordinator"
+            for rank, outcome in enumerate(outcomes)
+            if outcome["node"] in missing and outcome["files"]
+        },
+    )
+
+
+def _make_manifest(save: Save, plan: WritePlan, outcomes: Sequence[Mapping[str, Any]]) -> Manifest:
+    records = sorted(record for outcome in outcomes for record in outcome["files"])
+    if [record[0] for record in records] != list(range(plan.files)):
+        raise SaveFailed(
+            f"{save.store.url}: {plan.files} files were planned, and those written are {[r[0] for r in records]}"
+        )
+    ranks = len(outcomes)
+    return Manifest(
+        save_id=save.save_id,
+        created_ns=time.time_ns(),
+        ranks=ranks,
+        block_bytes=BLOCK_BYTES,
+        step=save.options.step,
+        names=plan.names,
+        dtype=plan.dtype.astype(np.int64),
+        layout=plan.layout,
+        layouts=plan.layouts,
+        file_length=np.array([record[1] for record in records], np.int64),
+        file_data_start=np.array([record[2] for record in records], np.int64),
+        file_digest=[record[3] for record in records],
+        values=save.values,
+        per_rank={
+            name: np.array([outcome["blobs"].get(name, 0) for outcome in outcomes], np.int64)
+            for name in plan.per_rank
+        },
+        per_rank_file=np.array([max(part.blob_file, 0) for part in plan.parts], np.int64)
+        if plan.per_rank
+        else np.zeros(0, np.int64),
+        metadata=save.options.metadata,
+        metrics=save.options.metrics,
+    )
+
+
+def _put_manifest(store: Store, manifest: Manifest, *, replace: bool) -> None:
+    """Write the manifest; after any error, read back whether it is there.
+
+    Raises:
+        CheckpointExists: Another save's was first.
+        SaveFailed: It is not there; or (`committed` is None) that can't be told.
+    """
+    try:
+        # The manifest is the commit: until it exists no reader looks at the shards (invariant I1).
+        store.put(MANIFEST_NAME, codec.encode(manifest), replace=replace)
+    except (OSError, CheckpointError) as exc:
+        try:
+            found = codec.decode(read_object(store, MANIFEST_NAME)).save_id
+        except FileNotFoundError:
+            found = None
+        except (OSError, CheckpointError) as second:
+            raise SaveFailed(
+                f"{store.url}: the manifest could not be written ({text(exc)}), and whether it was can't be read back "
+                f"({text(second)}): the checkpoint may or may not be committed; nothing was deleted",
+                failures={COORDINATOR: text(exc)},
+                committed=None,
+            ) from exc
+        if found == manifest.save_id:
+            logger.info(
+                "%s: the manifest was stored although its writing reported: %s", store.url, exc
+            )
+            return
+        if found is not None and not replace:
+            raise CheckpointExists(
+                f"{store.url}: another save committed here first. Save to another URL, or pass overwrite=True"
+            ) from exc
+        raise SaveFailed(
+            f"{store.url}: the manifest could not be written: {text(exc)}",
+            failures={COORDINATOR: text(exc)},
+        ) from exc
+
+
+def _read_replaced(store: Store) -> Manifest | None:
+    """Read the manifest that is to be replaced; None if there is none, or none that names its files."""
+    try:
+        return codec.decode(read_object(store, MANIFEST_NAME))
+    except FileNotFoundError:
+        return None
+    except (CorruptCheckpoint, UnsupportedFormat) as exc:
+        logger.warning(
+            "%s: replacing a manifest that can't be read, whose files are left: %s", store.url, exc
+        )
+        return None
+    except StoreError as exc:
+        raise SaveFailed(
+            f"{store.url}: the checkpoint to be replaced can't be read: {text(exc)}"
+        ) from exc
+
+
+def delete_checkpoint(store: Store, manifest: Manifest) -> None:
+    """Delete a checkpoint: the manifest first, durably, then only the files that it named (invariant I5)."""
+    store.delete([MANIFEST_NAME])
+    store.delete(manifest.file_names)

@@ -1,0 +1,195 @@
+"""What ranks need of one another: messages with tags. MPI's only door.
+
+A `Coordinator` moves tagged bytes between ranks and never waits; `team` makes the rest of it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from distckpt.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+from distckpt.waiting import Waiting, drive
+
+# Tags below this belong to the calling thread's operations, those above to saves in the background.
+BACKGROUND_TAG = 1 << 14
+
+
+@runtime_checkable
+class Coordinator(Protocol):
+    """Tagged point-to-point messages between the ranks of one job. Nothing here blocks."""
+
+    @property
+    def rank(self) -> int:
+        """This rank, from 0."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+
+    @property
+    def node(self) -> str:
+        """Name of the machine that this rank runs on."""
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether another thread may send and receive while the main thread does."""
+
+    def post(self, dest: int, tag: int, payload: bytes) -> None:
+        """Send; return at once."""
+
+    def poll(self, tag: int, source: int | None = None) -> tuple[int, bytes] | None:
+        """Receive a message of this tag, from a rank or from any, if one has come: its source and content.
+
+        Messages of one source and tag come in the order in which they were sent.
+        """
+
+
+class Solo:
+    """The coordinator of a single process."""
+
+    rank = 0
+    size = 1
+    concurrent = True
+
+    @property
+    def node(self) -> str:
+        """Name of this machine."""
+        return socket.gethostname()
+
+    def post(self, dest: int, tag: int, payload: bytes) -> None:
+        """There is no one to send to."""
+        raise CheckpointError(
+            f"a single process has no rank {dest} (tag {tag}, {len(payload)} bytes)"
+        )
+
+    def poll(self, tag: int, source: int | None = None) -> tuple[int, bytes] | None:
+        """Nothing ever comes."""
+        del tag, source
+
+
+class MpiCoordinator:
+    """Messages over two duplicates of an mpi4py communicator: for calls, and for saves in the background."""
+
+    def __init__(self, calls: MPI.Comm, background: MPI.Comm) -> None:
+        from mpi4py import MPI
+
+        self._mpi = MPI
+        self._comms = (calls, background)
+        self._sending: deque[tuple[MPI.Request, bytes]] = deque()
+        self._lock = threading.Lock()
+        self.rank = calls.Get_rank()
+        self.size = calls.Get_size()
+        self.node = MPI.Get_processor_name()
+        self.concurrent = MPI.Query_thread() == MPI.THREAD_MULTIPLE
+
+    def post(self, dest: int, tag: int, payload: bytes) -> None:
+        """See `Coordinator`."""
+        request = self._comm(tag).Isend([payload, self._mpi.BYTE], dest, tag)
+        with self._lock:
+            # The buffer must live until the message has left.
+            self._sending.append((request, payload))
+            self._reap()
+
+    def poll(self, tag: int, source: int | None = None) -> tuple[int, bytes] | None:
+        """See `Coordinator`."""
+        status = self._mpi.Status()
+        origin = self._mpi.ANY_SOURCE if source is None else source
+        message = self._comm(tag).Improbe(origin, tag, status)
+        if message is None:
+            if self._sending:
+                with self._lock:
+                    self._reap()
+            return None
+        buffer = bytearray(status.Get_count(self._mpi.BYTE))
+        message.Recv([buffer, self._mpi.BYTE])
+        return status.Get_source(), buffer
+
+    def _comm(self, tag: int) -> MPI.Comm:
+        return self._comms[tag >= BACKGROUND_TAG]
+
+    def _reap(self) -> None:
+        for _ in range(len(self._sending)):
+            request, payload = self._sending.popleft()
+            if not request.Test():
+                self._sending.append((request, payload))
+
+
+def launched_by_mpi() -> bool:
+    """Whether mpirun started this process with more than one rank; Slurm's variables don't count."""
+    for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
+        value = os.environ.get(name, "")
+        if value.isdigit() and int(value) > 1:
+            return True
+    return False
+
+
+def world() -> MPI.Comm:
+    """Return the communicator of all ranks; this starts MPI."""
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD
+
+
+def as_mpi(comm: object) -> MPI.Comm | None:
+    """Return an mpi4py communicator as such, None if it is something else. Never imports mpi4py."""
+    if "mpi4py" not in sys.modules:
+        return None
+    from mpi4py import MPI
+
+    return comm if isinstance(comm, MPI.Comm) else None
+
+
+def duplicate(comm: MPI.Comm, *, timeout_s: float = 600.0) -> MpiCoordinator:
+    """Collective. Make a coordinator out of two duplicates of a communicator.
+
+    Raises:
+        CheckpointError: Not all ranks came in time.
+    """
+    return MpiCoordinator(*drive(_duplicates(comm, timeout_s)))
+
+
+def _duplicates(comm: MPI.Comm, timeout_s: float) -> Waiting[tuple[MPI.Comm, MPI.Comm]]:
+    deadline = time.monotonic() + timeout_s
+    made = []
+    for _ in range(2):
+        # Idup and not Dup, so that a rank that never comes is noticed.
+        duplicate, request = comm.Idup()
+        while not request.Test():
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"not all {comm.Get_size()} ranks of the communicator came to their first "
+                    f"distckpt call within {timeout_s:.3g} s. Every rank must make the same calls"
+                )
+            yield
+        made.append(duplicate)
+    return made[0], made[1]
+
+
+def kept(comm: MPI.Comm) -> object:
+    """Return what `keep` has left with a communicator; None if nothing."""
+    return comm.Get_attr(_keyval())
+
+
+def keep(comm: MPI.Comm, value: object) -> None:
+    """Leave an object with a communicator, as one of its attributes: it goes when that goes."""
+    comm.Set_attr(_keyval(), value)
+
+
+def _keyval() -> int:
+    """Return the key of our attribute; it lives with the mpi4py module itself."""
+    from mpi4py import MPI
+
+    keyval: int | None = getattr(MPI, "_distckpt_keyval", None)
+    if keyval is None:
+        keyval = MPI.Comm.Create_keyval()
+        MPI._distckpt_keyval = keyval  # type: ignore[attr-defined]
+    return keyval

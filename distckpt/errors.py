@@ -1,0 +1,250 @@
+"""Every error that distckpt raises, in one tree.
+
+::
+
+    CheckpointError
+    ├── CheckpointNotFound   (FileNotFoundError)  nothing at this URL
+    ├── CheckpointExists     (FileExistsError)    a committed checkpoint is in the way
+    ├── IncompleteCheckpoint                      files of a save, but no (whole) set of them
+    ├── CorruptCheckpoint    (ValueError)         bytes differ from their checksum; .path
+    .offset_bytes ├── UnsupportedFormat    (ValueError)         not ours, or from a newer major
+    version ├── LayoutError          (ValueError)         a state whose pieces do not fit together
+    ├── MatchError           (LookupError)        names, shapes or dtypes of a net and a checkpoint
+    differ ├── StoreError           (OSError)            the storage refused; .url ├── SaveFailed
+    a save failed; .failures .committed, equal on every rank └── LoadFailed
+    a load failed; .failures .touched, equal on every rank
+
+What was wrong with the call keeps its own class on every rank (`LayoutError`, `MatchError`,
+`CheckpointExists`, …); what went wrong on the way is a `SaveFailed` or a `LoadFailed` with each
+rank's cause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class CheckpointError(Exception):
+    """Root of all errors that distckpt raises on purpose."""
+
+
+class CheckpointNotFound(CheckpointError, FileNotFoundError):
+    """There is no checkpoint at the URL."""
+
+
+class CheckpointExists(CheckpointError, FileExistsError):
+    """A committed checkpoint is already at the URL and ``overwrite`` was not asked for."""
+
+
+class IncompleteCheckpoint(CheckpointError):
+    """Files of a save are there, but not all that a checkpoint needs."""
+
+
+class CorruptCheckpoint(CheckpointError, ValueError):
+    """Stored bytes differ from what was committed.
+
+    Attributes:
+        path: The damaged object, or None.
+        offset_bytes: First byte of the damaged block, or None.
+    """
+
+    def __init__(
+        self, message: str, *, path: str | None = None, offset_bytes: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.path = path
+        self.offset_bytes = offset_bytes
+
+
+class UnsupportedFormat(CheckpointError, ValueError):
+    """The file is not distckpt's, or it needs a newer reader."""
+
+
+class LayoutError(CheckpointError, ValueError):
+    """The pieces of a state do not make whole tensors, or can't be stored."""
+
+
+class MatchError(CheckpointError, LookupError):
+    """What a net wants and what a checkpoint holds can't be brought together.
+
+    Attributes:
+        missing: Wanted names with no saved one.
+        unexpected: Saved names that nothing wants.
+        ambiguous: Name → the candidates that tie.
+        mismatched: Wanted name → what differs (shape, dtype, kind), as text.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        ambiguous: Mapping[str, Sequence[str]] | None = None,
+        mismatched: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.missing = list(missing)
+        self.unexpected = list(unexpected)
+        self.ambiguous = {name: list(found) for name, found in (ambiguous or {}).items()}
+        self.mismatched = dict(mismatched or {})
+
+
+class StoreError(CheckpointError, OSError):
+    """The storage refused or failed.
+
+    Attributes:
+        url: Where.
+    """
+
+    def __init__(self, message: str, *, url: str = "") -> None:
+        super().__init__(message)
+        self.url = url
+
+
+class SaveFailed(CheckpointError):
+    """A save failed; the same on every rank.
+
+    Attributes:
+        failures: Rank → what happened there. A rank that did not answer in time is here too.
+        committed: False, or None where the store's answer to the manifest was lost and it
+            can't be read back: the checkpoint may exist, and nothing was deleted.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        failures: Mapping[int, str] | None = None,
+        committed: bool | None = False,
+    ) -> None:
+        super().__init__(message)
+        self.failures = dict(failures or {})
+        self.committed = committed
+
+
+class LoadFailed(CheckpointError):
+    """A load failed; the same on every rank.
+
+    Attributes:
+        failures: Rank → what happened there.
+        touched: Names in the net that may be partly overwritten (empty when nothing changed).
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        failures: Mapping[int, str] | None = None,
+        touched: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message)
+        self.failures = dict(failures or {})
+        self.touched = list(touched)
+
+
+_ATTRIBUTES = (
+    "path",
+    "offset_bytes",
+    "missing",
+    "unexpected",
+    "ambiguous",
+    "mismatched",
+    "url",
+    "failures",
+    "committed",
+    "touched",
+)
+_CLASSES: dict[str, type[CheckpointError]] = {
+    kind.__name__: kind
+    for kind in (
+        CheckpointError,
+        CheckpointNotFound,
+        CheckpointExists,
+        IncompleteCheckpoint,
+        CorruptCheckpoint,
+        UnsupportedFormat,
+        LayoutError,
+        MatchError,
+        StoreError,
+        SaveFailed,
+        LoadFailed,
+    )
+}
+
+
+def to_plain(error: BaseException) -> dict[str, object]:
+    """Take an error apart into plain values, to be sent to other ranks.
+
+    A foreign exception becomes a `CheckpointError` whose text begins with its type.
+    """
+    if isinstance(error, CheckpointError):
+        attributes = {name: getattr(error, name) for name in _ATTRIBUTES if hasattr(error, name)}
+        return {"kind": type(error).__name__, "message": str(error), "attributes": attributes}
+    message = f"{type(error).__name__}: {error}"
+    return {"kind": "CheckpointError", "message": message, "attributes": {}}
+
+
+def from_plain(plain: Mapping[str, object]) -> CheckpointError:
+    """Make the error that `to_plain` took apart."""
+    kind = _CLASSES[str(plain["kind"])]
+    attributes = plain["attributes"]
+    if not isinstance(attributes, Mapping):
+        raise TypeError("attributes of an error are a mapping")
+    return kind(str(plain["message"]), **attributes)
+
+
+def text(error: BaseException) -> str:
+    """One line for a report: the error's type and what it says."""
+    return f"{type(error).__name__}: {error}"
+
+
+# Errors of what a rank was given, which keep their class when all ranks that failed report the
+# same.
+_OF_THE_CALL = frozenset({"LayoutError", "MatchError", "CheckpointExists", "StoreError"})
+
+
+def raise_together(
+    errors: Mapping[int, Mapping[str, Any]],
+    url: str,
+    kind: type[SaveFailed] | type[LoadFailed],
+    verb: str,
+    *,
+    own_kind: bool = False,
+    **attributes: Any,
+) -> None:
+    """Raise what ranks report, if any does: a *kind* with every rank's cause.
+
+    Args:
+        errors: Rank → its error (`to_plain`).
+        url: Of the checkpoint.
+        kind: `SaveFailed` or `LoadFailed`.
+        verb: What failed, ``"save"`` or ``"load"``.
+        own_kind: Nothing was done yet: where all who failed were given something wrong of the same
+            kind, the error is of that kind.
+        **attributes: Of the error.
+    """
+    if not errors:
+        return
+    first = next(iter(errors.values()))
+    same = all(error["kind"] == first["kind"] for error in errors.values())
+    if own_kind and same and first["kind"] in _OF_THE_CALL:
+        messages: dict[str, list[int]] = {}
+        for rank, error in errors.items():
+            messages.setdefault(error["message"], []).append(rank)
+        lines = [f"{url}: on {ranks_text(found)}: {message}" for message, found in messages.items()]
+        raise from_plain({**first, "message": "\n".join(lines)})
+    texts = {rank: f"{error['kind']}: {error['message']}" for rank, error in errors.items()}
+    listed = "\n  ".join(f"rank {rank}: {found}" for rank, found in texts.items())
+    raise kind(
+        f"{url}: the {verb} failed on {ranks_text(list(errors))}:\n  {listed}",
+        failures=texts,
+        **attributes,
+    )
+
+
+def ranks_text(ranks: Sequence[int], limit: int = 8) -> str:
+    """Name ranks in a sentence."""
+    listed = ", ".join(map(str, ranks[:limit])) + (", …" if len(ranks) > limit else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed}"

@@ -1,0 +1,254 @@
+"""How tensors are cut: layouts, tables of them, and the check that boxes cover a tensor exactly once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from distckpt.region import Region
+
+BALANCED = 0
+CEILING = 1
+
+
+def cut_points(extent: int, parts: int, rule: int) -> np.ndarray:
+    """Return the `parts + 1` boundaries that a grid rule cuts *extent* rows at.
+
+    Args:
+        extent: Rows.
+        parts: Pieces, at least 1.
+        rule: `BALANCED` as `numpy.array_split` (sizes differ by at most one), or `CEILING` as
+            `torch.chunk` (all alike but the last ones).
+
+    Examples:
+        >>> cut_points(10, 3, BALANCED).tolist(), cut_points(10, 4, CEILING).tolist()
+        ([0, 4, 7, 10], [0, 3, 6, 9, 10])
+    """
+    index = np.arange(parts + 1, dtype=np.int64)
+    if rule == BALANCED:
+        return index * (extent // parts) + np.minimum(index, extent % parts)
+    return np.minimum(index * -(-extent // parts), extent)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A regular cut of a tensor, in constant space; see ``Layouts`` in ``manifest.proto``."""
+
+    parts: tuple[int, ...]
+    rule: tuple[int, ...]
+    file_base: int
+    file_stride: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A global shape, the boxes that cover it exactly once, and the file that holds each.
+
+    Attributes:
+        shape: The tensor's shape.
+        start: (boxes, ndim) int64, ascending.
+        stop: (boxes, ndim) int64.
+        file: (boxes,) int64.
+    """
+
+    shape: tuple[int, ...]
+    start: np.ndarray
+    stop: np.ndarray
+    file: np.ndarray
+
+    @classmethod
+    def of_grid(cls, shape: tuple[int, ...], grid: Grid) -> Layout:
+        """Expand a grid."""
+        count = math.prod(grid.parts)
+        start = np.empty((count, len(shape)), np.int64)
+        stop = np.empty((count, len(shape)), np.int64)
+        file = np.full(count, grid.file_base, np.int64)
+        for dim, extent in enumerate(shape):
+            cuts = cut_points(extent, grid.parts[dim], grid.rule[dim])
+            coordinate = np.arange(count) // math.prod(grid.parts[dim + 1 :]) % grid.parts[dim]
+            start[:, dim] = cuts[coordinate]
+            stop[:, dim] = cuts[coordinate + 1]
+            file += grid.file_stride[dim] * coordinate
+        if 0 not in shape:
+            full = (start < stop).all(axis=1)
+            start, stop, file = start[full], stop[full], file[full]
+        return cls(shape, start, stop, file)
+
+    @cached_property
+    def regions(self) -> list[Region]:
+        """The boxes as `Region` objects."""
+        return [
+            Region(tuple(a), tuple(b))
+            for a, b in zip(self.start.tolist(), self.stop.tolist(), strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def grid(self) -> Grid | None:
+        """Recognise a regular grid: return it if it expands to exactly this layout, else None."""
+        ndim = len(self.shape)
+        if len(self) == 1:
+            return Grid((1,) * ndim, (BALANCED,) * ndim, int(self.file[0]), (0,) * ndim)
+        starts = [np.unique(self.start[:, dim]) for dim in range(ndim)]
+        if math.prod(len(values) for values in starts) != len(self):
+            return None
+        options: list[
+            list[tuple[int, int]]
+        ] = []  # per dimension: (parts, rule) that give its starts
+        for dim, values in enumerate(starts):
+            found = [
+                (len(values), rule)
+                for rule in (BALANCED, CEILING)
+                if np.array_equal(cut_points(self.shape[dim], len(values), rule)[:-1], values)
+            ]
+            if not found:
+                return None
+            options.append(found)
+        parts = tuple(found[0][0] for found in options)
+        # The boxes are in ascending order, so box i has the grid coordinates unravel_index(i,
+        # parts).
+        step = [math.prod(parts[dim + 1 :]) for dim in range(ndim)]
+        base = int(self.file[0])
+        stride = tuple(
+            int(self.file[step[dim]]) - base if parts[dim] > 1 else 0 for dim in range(ndim)
+        )
+        grid = Grid(parts, tuple(found[0][1] for found in options), base, stride)
+        return grid if self == Layout.of_grid(self.shape, grid) else None
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Layout)
+            and self.shape == other.shape
+            and np.array_equal(self.start, other.start)
+            and np.array_equal(self.stop, other.stop)
+            and np.array_equal(self.file, other.file)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.shape, self.start.tobytes(), self.stop.tobytes(), self.file.tobytes()))
+
+
+def wrong_covers(
+    tensor: np.ndarray, start: np.ndarray, stop: np.ndarray, shape: np.ndarray
+) -> np.ndarray:
+    """Find the tensors whose boxes do not cover them exactly once.
+
+    The signed corners of the boxes, summed, must cancel to those of the whole: the corners
+    determine the sum of the boxes' indicator functions, so this is exact in any number of
+    dimensions, and it is one sort. Linear in the number of boxes, for a fixed number of dimensions.
+
+    Args:
+        tensor: (n,) which tensor each box belongs to.
+        start: (n, ndim) boxes, none empty.
+        stop: (n, ndim).
+        shape: (tensors, ndim) no extent 0.
+
+    Returns:
+        Indices of the tensors at fault, ascending; boxes out of range are among the faults.
+    """
+    count, ndim = shape.shape
+    out_of_range = (start < 0).any(axis=1) | (stop > shape[tensor]).any(axis=1)
+    # A dimension that no box cuts adds nothing but twice as many corners.
+    cut = [
+        dim
+        for dim in range(ndim)
+        if start[:, dim].any() or (stop[:, dim] != shape[tensor, dim]).any()
+    ]
+    tensor = np.concatenate([tensor, np.arange(count)])
+    low = np.concatenate([start, np.zeros_like(shape)])
+    high = np.concatenate([stop, shape])
+    sign = np.concatenate([np.ones(len(start), np.int64), -np.ones(count, np.int64)])
+    corners, signs = [], []
+    for mask in range(1 << len(cut)):
+        upper = [dim for bit, dim in enumerate(cut) if mask >> bit & 1]
+        corner = low[:, cut].copy() if cut else np.zeros((len(low), 0), np.int64)
+        for column, dim in enumerate(cut):
+            if dim in upper:
+                corner[:, column] = high[:, dim]
+        corners.append(corner)
+        signs.append(-sign if len(upper) % 2 else sign)
+    keys = np.column_stack([np.tile(tensor, 1 << len(cut)), np.concatenate(corners)])
+    order = np.lexsort(keys.T[::-1])
+    keys = keys[order]
+    new = np.ones(len(keys), bool)
+    new[1:] = (keys[1:] != keys[:-1]).any(axis=1)
+    totals = np.add.reduceat(np.concatenate(signs)[order], np.flatnonzero(new))
+    faulty = keys[new, 0][totals != 0]
+    return np.union1d(faulty, tensor[: len(start)][out_of_range])
+
+
+def cover_faults(shape: Sequence[int], boxes: Sequence[Region], limit: int = 3) -> list[str]:
+    """Say in words where *boxes* do not cover *shape* exactly once: the first of each kind of fault.
+
+    Quadratic in the number of boxes: only for naming a fault that `wrong_covers` has found.
+
+    Returns:
+        Texts such as ``"gap: [0:2, 3:4] is in no piece"``; ``{i}`` stands for the name of box i.
+    """
+    faults = []
+    whole = Region.whole(tuple(shape))
+    for index, box in enumerate(boxes):
+        if any(b > n for b, n in zip(box.stop, shape, strict=True)):
+            faults.append(f"out of range: {{{index}}} ends beyond the shape {tuple(shape)}")
+    inside = [box & whole for box in boxes]
+    order = sorted(range(len(boxes)), key=lambda index: boxes[index])
+    overlaps: list[str] = []
+    for position, index in enumerate(order):
+        if len(overlaps) >= limit:
+            break
+        for other in order[position + 1 :]:
+            if boxes[other].start and boxes[other].start[0] >= boxes[index].stop[0]:
+                break
+            common = boxes[index] & boxes[other]
+            if common is not None:
+                overlaps.append(f"overlap: {{{index}}} and {{{other}}} both hold {common}")
+                break
+    gaps = []
+    for gap in _gaps(whole, [box for box in inside if box is not None]):
+        gaps.append(f"gap: no rank holds {gap}")
+        if len(gaps) >= limit:
+            break
+    return faults[:limit] + overlaps + gaps
+
+
+def _gaps(whole: Region, boxes: list[Region]) -> Iterator[Region]:
+    """Yield disjoint boxes of *whole* that none of *boxes* touches."""
+    todo = [(whole, 0)]  # a region, and the first box that it has not been compared with
+    while todo:
+        region, first = todo.pop()
+        for index in range(first, len(boxes)):
+            box = boxes[index] & region
+            if box is not None:
+                break
+        else:
+            yield region
+            continue
+        # Peel off, dimension by dimension, what lies before and after the box; what is left is the
+        # box.
+        start, stop = list(region.start), list(region.stop)
+        for dim in range(len(start)):
+            for a, b in ((box.stop[dim], stop[dim]), (start[dim], box.start[dim])):
+                if a < b:
+                    rest = Region(
+                        (*start[:dim], a, *start[dim + 1 :]), (*stop[:dim], b, *stop[dim + 1 :])
+                    )
+                    todo.append((rest, index + 1))
+            start[dim], stop[dim] = box.start[dim], box.stop[dim]
+
+
+def describe_faults(
+    name: str, shape: Sequence[int], boxes: Sequence[Region], holders: Sequence[Sequence[int]]
+) -> str:
+    """Put `cover_faults` into one line, with the ranks that hold each box."""
+    labels = [
+        f"{box} (rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:4]))}"
+        f"{', …' if len(ranks) > 4 else ''})"
+        for box, ranks in zip(boxes, holders, strict=True)
+    ]
+    texts = [text.format(*labels) for text in cover_faults(shape, boxes)]
+    return f"{name!r} of shape {tuple(shape)}: " + "; ".join(texts)

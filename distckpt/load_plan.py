@@ -1,0 +1,280 @@
+"""A load, decided by the coordinator: what goes where, and who reads what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from distckpt import dtypes
+from distckpt.errors import (
+    MatchError,
+)
+from distckpt.manifest import Manifest, Pieces, pad_columns
+from distckpt.match import Matching, Prefixes, Rename, match
+from distckpt.plan import (
+    Fragments,
+    Holdings,
+    Wants,
+    holdings_from_plain,
+    plan_read,
+)
+from distckpt.reader import (
+    fragments_to_plain,
+    stored_files,
+)
+
+ResolvePerRank = Callable[[list[Any], int, int], object]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What a load was asked for, besides from where and into what."""
+
+    strict: bool = False
+    filter_prefix: Prefixes = ()
+    only_prefix: Prefixes = ()
+    select: Callable[[str], bool] | None = None
+    rename: Rename | None = None
+    cast: bool = True
+    verify: bool = True
+    per_rank: ResolvePerRank | None = None
+    timeout_s: float = 600.0
+
+
+def plan_load(
+    manifest: Manifest, calls: Sequence[Mapping[str, Any]], options: LoadOptions
+) -> list[dict[str, Any]]:
+    """Match, check, and decide who reads what; one answer a rank."""
+    ranks = len(calls)
+    helds = [holdings_from_plain(call["tensors"]) for call in calls]
+    names = dict.fromkeys(
+        name
+        for held, call in zip(helds, calls, strict=True)
+        for name in (*held.names, *call["values"], *call["per_rank"])
+    )
+    matching = match(
+        manifest.all_names,
+        names,
+        strict=options.strict,
+        filter_prefix=options.filter_prefix,
+        only_prefix=options.only_prefix,
+        select=options.select,
+        rename=options.rename,
+    )
+    mismatched: dict[str, str] = {}
+    cast: dict[str, str] = {}
+    for held in helds:
+        _compare(manifest, matching, held, options, mismatched, cast)
+    for rank, call in enumerate(calls):
+        _compare_kinds(manifest, matching, call, rank, ranks, mismatched)
+    if mismatched:
+        lines = "\n  ".join(f"{name!r}: {what}" for name, what in mismatched.items())
+        raise MatchError(
+            f"{len(mismatched)} names of the net do not fit what is saved under them; nothing was loaded:\n  {lines}",
+            mismatched=mismatched,
+        )
+    keeps = [_stored_codes(manifest, matching, held) for held in helds]
+    pieces, itemsize, blobs, wants = _wants(manifest, matching, helds, calls, keeps)
+    is_blob = wants.tensor >= len(manifest.names)
+    narrow_row = np.zeros(len(wants.tensor), bool)
+    if cast:
+        stored = np.concatenate(keeps)
+        wanted = np.concatenate([_per_target(held, held.dtype) for held in helds])[stored > 0]
+        narrow_row[~is_blob] = [
+            saved != code and dtypes.is_narrowing(dtypes.BY_CODE[saved], dtypes.BY_CODE[code])
+            for saved, code in zip(stored[stored > 0].tolist(), wanted.tolist(), strict=True)
+        ]
+    firsts = _read(pieces, itemsize, wants, is_blob | narrow_row, manifest, ranks)
+    seconds = _read(pieces, itemsize, wants, ~is_blob, manifest, ranks)
+    files = stored_files(manifest)
+    answers = []
+    for rank, call in enumerate(calls):
+        first, second = firsts.of_rank(rank), seconds.of_rank(rank)
+        used = np.union1d(first.file[first.reader == rank], second.file[second.reader == rank])
+        answers.append(
+            {
+                "keep": keeps[rank],
+                "first": fragments_to_plain(first),
+                "second": fragments_to_plain(second),
+                "files": [
+                    (number, files[number].name, files[number].table_start, files[number].digest)
+                    for number in used.tolist()
+                ],
+                "block_bytes": manifest.block_bytes,
+                "values": {
+                    name: manifest.values[matching.pairs[name]]
+                    for name in call["values"]
+                    if name in matching.pairs
+                },
+                "blobs": blobs[rank],
+                "same_ranks": manifest.ranks == ranks,
+                "save_id": manifest.save_id,
+                "report": {
+                    "loaded": matching.pairs,
+                    "missing": matching.missing,
+                    "unexpected": matching.unexpected,
+                    "by_suffix": matching.by_suffix,
+                    "cast": cast,
+                },
+            }
+        )
+    return answers
+
+
+def _compare(
+    manifest: Manifest,
+    matching: Matching,
+    held: Holdings,
+    options: LoadOptions,
+    mismatched: dict[str, str],
+    cast: dict[str, str],
+) -> None:
+    """Compare shapes and dtypes of wanted and saved tensors."""
+    width = held.shape.shape[1]
+    for row, name in enumerate(held.names):
+        saved = matching.pairs.get(name)
+        if saved is None:
+            continue
+        index = manifest.index.get(saved)
+        if index is None:
+            mismatched[name] = f"wants a tensor, saved is {_kind(manifest, saved)}"
+            continue
+        shape = tuple(held.shape[row, width - int(held.ndim[row]) :].tolist())
+        stored_shape = manifest.layout_of(index).shape
+        wanted, stored = dtypes.BY_CODE[int(held.dtype[row])], manifest.dtype_of(index)
+        if shape != stored_shape:
+            mismatched[name] = f"wants shape {shape}, saved is {stored_shape} ({saved!r})"
+        elif wanted != stored:
+            if options.strict or not options.cast:
+                why = "strict=True never converts" if options.strict else "cast=False"
+                mismatched[name] = f"wants {wanted.name}, saved is {stored.name} ({why})"
+            elif not dtypes.can_convert(stored, wanted):
+                mismatched[name] = (
+                    f"wants {wanted.name}, saved is {stored.name}; only floats are converted to floats, "
+                    "and signed integers to signed integers"
+                )
+            else:
+                cast[name] = f"{stored.name} → {wanted.name}"
+
+
+def _compare_kinds(
+    manifest: Manifest,
+    matching: Matching,
+    call: Mapping[str, Any],
+    rank: int,
+    ranks: int,
+    mismatched: dict[str, str],
+) -> None:
+    """Compare what is wanted and saved as plain values and as per-rank values."""
+    for name in call["values"]:
+        saved = matching.pairs.get(name)
+        if saved is not None and saved not in manifest.values:
+            mismatched[name] = f"wants a plain value, saved is {_kind(manifest, saved)}"
+    for name in call["per_rank"]:
+        saved = matching.pairs.get(name)
+        if saved is None:
+            continue
+        if saved not in manifest.per_rank:
+            mismatched[name] = f"wants a per-rank value, saved is {_kind(manifest, saved)}"
+        elif manifest.ranks != ranks and not call["resolves"]:
+            mismatched[name] = (
+                f"a per-rank value saved by {manifest.ranks} ranks is wanted on {ranks}; pass per_rank= (a callable: "
+                "list of the saved values, rank, size → this rank's value), or leave it out of the net"
+            )
+        elif manifest.ranks == ranks and not manifest.per_rank[saved][rank]:
+            mismatched[name] = f"rank {rank} saved no value under {saved!r}"
+
+
+def _kind(manifest: Manifest, saved: str) -> str:
+    if saved in manifest.values:
+        return f"the plain value {manifest.values[saved]!r:.60}"
+    return "a per-rank value" if saved in manifest.per_rank else "a tensor"
+
+
+def _per_target(held: Holdings, column: np.ndarray) -> np.ndarray:
+    """Repeat an item's entry for each of its targets: a run has several boxes."""
+    return np.repeat(column, held.boxes()[0])
+
+
+def _stored_codes(manifest: Manifest, matching: Matching, held: Holdings) -> np.ndarray:
+    """Return the stored dtype's code for each target of a rank, 0 where nothing is loaded."""
+    codes = [
+        int(manifest.dtype[manifest.index[matching.pairs[name]]]) if name in matching.pairs else 0
+        for name in held.names
+    ]
+    return _per_target(held, np.array(codes, np.int64))
+
+
+def _wants(
+    manifest: Manifest,
+    matching: Matching,
+    helds: Sequence[Holdings],
+    calls: Sequence[Mapping[str, Any]],
+    keeps: Sequence[np.ndarray],
+) -> tuple[Pieces, np.ndarray, list[list[tuple[str, int]]], Wants]:
+    """Put all ranks' wants into one table; per-rank values are bytes, read like one more tensor each."""
+    width = max([manifest.pieces.start.shape[1]] + [held.shape.shape[1] for held in helds])
+    rank_, key, tensor, start, stop = [], [], [], [], []
+    blobs: list[list[tuple[str, int]]] = []
+    places: dict[tuple[str, int], int] = {}
+    for rank, (held, call, keep) in enumerate(zip(helds, calls, keeps, strict=True)):
+        counts, box_start, box_stop = held.boxes()
+        index = [
+            manifest.index[matching.pairs[name]] if name in matching.pairs else 0
+            for name in held.names
+        ]
+        rows = np.flatnonzero(keep)
+        rank_.append(np.full(len(rows), rank))
+        key.append(rows)
+        tensor.append(np.repeat(np.array(index, np.int64), counts)[rows])
+        start.append(pad_columns(box_start[rows], width, 0))
+        stop.append(pad_columns(box_stop[rows], width, 1))
+        mine: list[tuple[str, int]] = []
+        for name in call["per_rank"]:
+            saved = matching.pairs.get(name)
+            if saved is None:
+                continue
+            holders = [rank] if manifest.ranks == len(calls) else list(range(manifest.ranks))
+            for holder in holders:
+                length = int(manifest.per_rank[saved][holder])
+                if length:
+                    places.setdefault((saved, holder), len(manifest.names) + len(places))
+                    key.append(np.array([len(keep) + len(mine)]))
+                    rank_.append(np.array([rank]))
+                    tensor.append(np.array([places[saved, holder]]))
+                    start.append(np.zeros((1, width), np.int64))
+                    stop.append(np.array([[1] * (width - 1) + [length]]))
+                mine.append((name, length))
+        blobs.append(mine)
+    wants = Wants(*(np.concatenate(column) for column in (rank_, key, tensor, start, stop)))
+    pieces = manifest.pieces
+    found = [manifest.blob_place(saved, holder) for saved, holder in places]
+    count = len(found)
+    file, offset, length_ = (np.array([place[n] for place in found], np.int64) for n in range(3))
+    blob_stop = np.ones((count, width), np.int64)
+    blob_stop[:, -1] = length_
+    pieces = Pieces(
+        np.concatenate([pieces.tensor, len(manifest.names) + np.arange(count)]),
+        np.concatenate([pad_columns(pieces.start, width, 0), np.zeros((count, width), np.int64)]),
+        np.concatenate([pad_columns(pieces.stop, width, 1), blob_stop]),
+        np.concatenate([pieces.file, file]),
+        np.concatenate([pieces.offset_bytes, offset]),
+        np.concatenate([pieces.size_bytes, length_]),
+    )
+    return pieces, np.concatenate([manifest.itemsize, np.ones(count, np.int64)]), blobs, wants
+
+
+def _read(
+    pieces: Pieces,
+    itemsize: np.ndarray,
+    wants: Wants,
+    which: np.ndarray,
+    manifest: Manifest,
+    ranks: int,
+) -> Fragments:
+    rows = np.flatnonzero(which)
+    some = Wants(*(getattr(wants, name)[rows] for name in Wants.__dataclass_fields__))
+    return plan_read(pieces, itemsize, some, block_bytes=manifest.block_bytes, ranks=ranks)

@@ -1,0 +1,374 @@
+"""One load into a net: planned by the coordinator, then read once and handed out by all ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from distckpt import codec, dtypes
+from distckpt.errors import (
+    CheckpointError,
+    LoadFailed,
+    MatchError,
+    from_plain,
+    raise_together,
+    text,
+    to_plain,
+)
+from distckpt.load_plan import LoadOptions, plan_load
+from distckpt.manifest import Manifest
+from distckpt.net import Destination, Wanted, collect
+from distckpt.plan import (
+    describe,
+    holdings_to_plain,
+)
+from distckpt.reader import (
+    BlockReader,
+    StoredFile,
+    Work,
+    exchange,
+    fragments_from_plain,
+    read_manifest,
+    stored_dtype,
+)
+from distckpt.region import Region
+from distckpt.state import Leaf, PerRank
+from distckpt.store import Store, open_store
+from distckpt.team import COORDINATOR, Late, Operation, Team
+from distckpt.waiting import Waiting
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What a load did, over all ranks.
+
+    Attributes:
+        loaded: Wanted name → saved name.
+        missing: Wanted names that the checkpoint doesn't have; they kept what they held.
+        unexpected: Saved names that nothing wanted.
+        by_suffix: The wanted names that were matched by suffix.
+        cast: Wanted name → the conversion, such as ``"float32 → float16"``.
+        bytes_read: From the storage, by all ranks together.
+        seconds: From the call to its end on this rank.
+    """
+
+    loaded: dict[str, str]
+    missing: list[str]
+    unexpected: list[str]
+    by_suffix: list[str] = field(default_factory=list)
+    cast: dict[str, str] = field(default_factory=dict)
+    bytes_read: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        lines = [
+            f"loaded {len(self.loaded)} of {len(self.loaded) + len(self.missing)} names: "
+            f"{self.bytes_read / 1e6:.1f} MB read in {self.seconds:.2f} s"
+        ]
+        if self.by_suffix:
+            pairs = [f"{wanted} ← {self.loaded[wanted]}" for wanted in self.by_suffix]
+            lines.append(f"  by suffix: {_some(pairs)}")
+        if self.cast:
+            lines.append(
+                f"  converted: {_some([f'{name} ({how})' for name, how in self.cast.items()])}"
+            )
+        if self.missing:
+            lines.append(f"  missing (kept as they were): {_some(self.missing)}")
+        if self.unexpected:
+            lines.append(f"  saved and unused: {_some(self.unexpected)}")
+        return "\n".join(lines)
+
+
+def _some(names: Sequence[str], limit: int = 20) -> str:
+    return ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What the coordinator tells one rank."""
+
+    keep: np.ndarray  # (targets,) the stored dtype's code, or 0 for what is not loaded
+    first: (
+        Work  # what must be looked at before the net may change: per-rank values, narrowing casts
+    )
+    second: Work
+    files: dict[int, StoredFile]
+    block_bytes: int
+    values: dict[str, Any]
+    blobs: list[tuple[str, int]]  # (wanted name, length); their keys follow the targets'
+    same_ranks: bool  # as many as saved, so that each gets its own per-rank values back
+    save_id: int
+    report: dict[str, Any]
+
+
+def load_into(
+    team: Team,
+    url: str | os.PathLike[str] | Store,
+    net: object,
+    options: LoadOptions,
+    *,
+    manifest: Callable[[Store], Manifest] = read_manifest,
+    storage_options: Mapping[str, object] | None = None,
+) -> LoadReport:
+    """Collective. Load a checkpoint into a net.
+
+    Args:
+        team: The ranks.
+        url: Where the checkpoint lies.
+        manifest: Reads the manifest; called at the coordinator only.
+        storage_options: For fsspec.
+        net: This rank's net.
+        options: The rest; what is callable counts as the coordinator gives it, but for `per_rank`.
+
+    Raises:
+        CheckpointError: The same on every rank.
+    """
+    started = time.monotonic()
+    operation = team.operation(options.timeout_s)
+    wanted = Wanted([], {}, {})
+    store: Store | None = None
+    failure: BaseException | None = None
+    try:
+        store = open_store(url, storage_options=storage_options)
+        wanted = collect(net)
+    except Exception as exc:  # noqa: BLE001  a rank that fails still takes part
+        failure = exc
+    where = store.url if store is not None else str(url)
+    try:
+        part = team.drive(_agree(operation, store, where, manifest, wanted, options, failure))
+        assert store is not None
+        report = team.drive(_execute(operation, store, wanted, part, options, started))
+    except Late as late:
+        raise LoadFailed(
+            f"{where}: {late}", failures=dict.fromkeys(late.ranks, str(late))
+        ) from late
+    except CheckpointError as exc:
+        if failure is not None:
+            raise exc from failure
+        raise
+    if team.rank == COORDINATOR and (report.missing or report.by_suffix):
+        logger.warning("%s: not all names were matched exactly:\n%s", where, report)
+    return report
+
+
+def _agree(
+    operation: Operation,
+    store: Store | None,
+    where: str,
+    manifest: Callable[[Store], Manifest],
+    wanted: Wanted,
+    options: LoadOptions,
+    failure: BaseException | None,
+) -> Waiting[_Part]:
+    held = describe([destination.tensor for destination in wanted.destinations])
+
+    def decide(calls: list[Any]) -> list[Any]:
+        raise_together(
+            {rank: found["error"] for rank, found in enumerate(calls) if found["error"]},
+            where,
+            LoadFailed,
+            "load",
+            own_kind=True,
+        )
+        assert store is not None
+        found = manifest(store)
+        try:
+            return plan_load(found, calls, options)
+        except MatchError as exc:
+            raise from_plain({**to_plain(exc), "message": f"{where}: {exc}"}) from exc
+
+    call = {
+        "call": f"load_into from {where!r} (strict={options.strict}, cast={options.cast}, verify={options.verify})",
+        "error": None if failure is None else to_plain(failure),
+        "tensors": holdings_to_plain(held),
+        "values": list(wanted.values),
+        "per_rank": list(wanted.per_rank),
+        "resolves": options.per_rank is not None,
+    }
+    answer = yield from operation.agree(call, decide, f"join the load from {where}")
+    return _Part(
+        answer["keep"],
+        Work(fragments_from_plain(answer["first"]), answer["block_bytes"]),
+        Work(fragments_from_plain(answer["second"]), answer["block_bytes"]),
+        {number: StoredFile(*found) for number, *found in answer["files"]},
+        answer["block_bytes"],
+        answer["values"],
+        answer["blobs"],
+        answer["same_ranks"],
+        answer["save_id"],
+        answer["report"],
+    )
+
+
+def _execute(
+    operation: Operation,
+    store: Store,
+    wanted: Wanted,
+    part: _Part,
+    options: LoadOptions,
+    started: float,
+) -> Waiting[LoadReport]:
+    blocks = BlockReader(store, part.files, part.block_bytes, verify=options.verify)
+    targets = [target for destination in wanted.destinations for target in destination.targets]
+    buffers = [np.empty(length, np.uint8) for _, length in part.blobs]
+
+    def dtype_of(key: int) -> np.dtype:
+        return np.dtype(np.uint8) if key >= len(targets) else stored_dtype(int(part.keep[key]))
+
+    lost: dict[str, int] = {}
+
+    def look(key: int, region: Region, values: np.ndarray) -> None:
+        if key >= len(targets):
+            buffers[key - len(targets)][region.start[-1] : region.stop[-1]] = values.reshape(-1)
+            return
+        tensor = targets[key].destination.tensor
+        count = dtypes.count_lost(values, tensor.dtype)
+        if count:
+            lost[tensor.name] = lost.get(tensor.name, 0) + count
+
+    touched: dict[str, None] = {}
+
+    def put(key: int, region: Region, values: np.ndarray) -> None:
+        target = targets[key]
+        touched[target.destination.tensor.name] = None
+        pad = len(region.start) - len(target.region.start)
+        inner = Region(region.start[pad:], region.stop[pad:])
+        target.put(inner, values.reshape(inner.shape))
+
+    failure = yield from exchange(operation, 2, part.first, blocks, dtype_of, look)
+    per_rank: dict[str, object] = {}
+    if failure is None:
+        try:
+            _refuse_loss(lost, wanted.destinations)
+            per_rank = _resolve(part, buffers, operation.rank, operation.size, options)
+        except Exception as exc:  # noqa: BLE001
+            failure = exc if isinstance(exc, CheckpointError) else CheckpointError(text(exc))
+    # Until here no byte of any net has changed; beyond, only damage found while reading can leave
+    # it partly changed.
+    settle = _Settle(operation, store, part.save_id)
+    yield from settle(4, failure, {}, 0)
+    failure = yield from exchange(operation, 2, part.second, blocks, dtype_of, put)
+    if failure is None:
+        try:
+            _finish(wanted, part)
+            for name, value in per_rank.items():
+                _replace(wanted.per_rank[name], PerRank(value))
+            for name, value in part.values.items():
+                _replace(wanted.values[name], value)
+        except Exception as exc:  # noqa: BLE001  a net's own assign() may raise anything
+            failure = CheckpointError(text(exc))
+    bytes_read = yield from settle(6, failure, touched, blocks.bytes_read)
+    return LoadReport(**part.report, bytes_read=bytes_read, seconds=time.monotonic() - started)
+
+
+@dataclass(frozen=True, slots=True)
+class _Settle:
+    """Brings the ranks' outcomes together; raises on all if one failed."""
+
+    operation: Operation
+    store: Store
+    save_id: int
+
+    def __call__(
+        self,
+        step: int,
+        failure: CheckpointError | None,
+        touched: Mapping[str, None],
+        bytes_read: int,
+    ) -> Waiting[int]:
+        """Return the bytes that all ranks have read."""
+        outcome = {
+            "error": None if failure is None else to_plain(failure),
+            "touched": list(touched),
+            "bytes": bytes_read,
+        }
+        result: dict[str, Any] = {"error": None, "bytes": 0}
+        try:
+            outcomes = yield from self.operation.gather(step, outcome, "finish reading")
+            if outcomes is not None:
+                result["bytes"] = sum(found["bytes"] for found in outcomes)
+                self._raise_failures(outcomes)
+        except Late as late:
+            causes = dict.fromkeys(late.ranks, str(late))
+            failed = LoadFailed(f"{self.store.url}: {late}", failures=causes, touched=list(touched))
+            result["error"] = to_plain(failed)
+        except CheckpointError as exc:
+            result["error"] = to_plain(exc)
+        result = yield from self.operation.broadcast(
+            step + 1, result, "decide whether the load succeeded"
+        )
+        if result["error"] is not None:
+            raise from_plain(result["error"]) from failure
+        return int(result["bytes"])
+
+    def _raise_failures(self, outcomes: Sequence[Mapping[str, Any]]) -> None:
+        errors = {rank: found["error"] for rank, found in enumerate(outcomes) if found["error"]}
+        names = list(dict.fromkeys(name for found in outcomes for name in found["touched"]))
+        verb = "load"
+        if (
+            any(error["kind"] == "IncompleteCheckpoint" for error in errors.values())
+            and self._replaced()
+        ):
+            verb = "load (the checkpoint was replaced while it was being read: load it again)"
+        raise_together(errors, self.store.url, LoadFailed, verb, own_kind=not names, touched=names)
+
+    def _replaced(self) -> bool:
+        """Whether another save has taken the checkpoint's place, and deleted its files."""
+        try:
+            return read_manifest(self.store).save_id != self.save_id
+        except (CheckpointError, OSError):
+            return False
+
+
+def _refuse_loss(lost: Mapping[str, int], destinations: Sequence[Destination]) -> None:
+    if lost:
+        kinds = {d.tensor.name: d.tensor.dtype.name for d in destinations}
+        lines = [
+            f"{name!r}: {count} values do not fit into {kinds[name]}"
+            for name, count in lost.items()
+        ]
+        raise MatchError(
+            "the conversion would lose values (they would become infinite, or wrap around); nothing was loaded:\n  "
+            + "\n  ".join(lines)
+            + "\nUse a net of a wider dtype, or leave these names out.",
+            mismatched={
+                name: f"{count} values do not fit into {kinds[name]}"
+                for name, count in lost.items()
+            },
+        )
+
+
+def _resolve(
+    part: _Part, buffers: Sequence[np.ndarray], rank: int, size: int, options: LoadOptions
+) -> dict[str, object]:
+    """Decode per-rank values; where the number of ranks changed, let the caller decide."""
+    found: dict[str, list[Any]] = {}
+    for (name, length), buffer in zip(part.blobs, buffers, strict=True):
+        value = codec.unpack(memoryview(buffer)) if length else None
+        found.setdefault(name, []).append(value)
+    if part.same_ranks:
+        return {name: values[0] for name, values in found.items()}
+    if options.per_rank is None:
+        return {}
+    return {name: options.per_rank(values, rank, size) for name, values in found.items()}
+
+
+def _finish(wanted: Wanted, part: _Part) -> None:
+    """Put tensors without elements in place: no byte arrives for them."""
+    for destination in wanted.destinations:
+        loaded = destination.tensor.name in part.report["loaded"]
+        if loaded and destination.tensor.array.size == 0 and not destination.in_place:
+            destination.finish()
+
+
+def _replace(leaf: Leaf, value: object) -> None:
+    if leaf.replace is not None:
+        leaf.replace(value)

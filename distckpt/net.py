@@ -1,0 +1,148 @@
+"""What a net wants, and how what was read is put in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from distckpt.errors import MatchError
+from distckpt.region import Region, boxes_of_run
+from distckpt.state import FlatShard, Leaf, Shard, TensorLeaf, flatten
+
+
+@dataclass(slots=True)
+class Target:
+    """A box of a tensor that a net wants.
+
+    Attributes:
+        destination: The tensor's place in the net.
+        region: The box.
+        first: Where the box begins in a FlatShard's array; unused otherwise.
+    """
+
+    destination: Destination
+    region: Region
+    first: int
+
+    def put(self, region: Region, values: np.ndarray) -> None:
+        """Copy a part of the box in; converts where the dtypes differ."""
+        array = self.destination.memory()
+        if self.destination.is_run:
+            array = array[self.first : self.first + self.region.size].reshape(self.region.shape)
+        where = (*region.relative_to(self.region.start).slices, ...)
+        np.copyto(array[where], values, casting="unsafe")
+        self.destination.arrived(region.size)
+
+
+@dataclass(slots=True)
+class Destination:
+    """A tensor that a net wants, or this rank's piece of one.
+
+    Writable numpy arrays (and torch tensors on the CPU, which share their memory with numpy) are
+    filled where they are. In place of anything else a new array is made when the first byte
+    arrives, and handed over with the last one, so that no more than a few of them exist at a time.
+    """
+
+    tensor: TensorLeaf
+    targets: list[Target] = field(default_factory=list)
+    _new: np.ndarray | None = None
+    _missing: int = 0
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it is a FlatShard."""
+        return self.tensor.region is None
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the net's own memory is filled."""
+        leaf = self.tensor.leaf
+        piece = leaf.value.array if isinstance(leaf.value, (Shard, FlatShard)) else leaf.value
+        shares = isinstance(piece, np.ndarray) or type(piece).__module__.startswith("torch")
+        return shares and self.tensor.array.flags.writeable and not leaf.assigned
+
+    def memory(self) -> np.ndarray:
+        """Return the array to fill."""
+        if self.in_place:
+            return self.tensor.array
+        if self._new is None:
+            self._new = np.empty(self.tensor.array.shape, self.tensor.dtype.numpy)
+            self._missing = self._new.size
+        return self._new
+
+    def arrived(self, count: int) -> None:
+        """Note that so many elements are there; the last ones put a new array in place."""
+        self._missing -= count
+        if not self.in_place and self._missing == 0:
+            self.finish()
+
+    def finish(self) -> None:
+        """Put the new array in place."""
+        array, leaf = self.memory(), self.tensor.leaf
+        self._new = None
+        value: object = array
+        if isinstance(leaf.value, Shard):
+            value = Shard(array, leaf.value.offset, leaf.value.global_shape)
+        elif isinstance(leaf.value, FlatShard):
+            value = FlatShard(array, leaf.value.start, leaf.value.global_shape)
+        elif isinstance(leaf.value, np.generic):
+            value = array[()]
+        if leaf.replace is not None:
+            leaf.replace(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a net wants, by kind."""
+
+    destinations: list[Destination]
+    values: dict[str, Leaf]
+    per_rank: dict[str, Leaf]
+
+    @property
+    def names(self) -> list[str]:
+        """All names, tensors first."""
+        return [*(d.tensor.name for d in self.destinations), *self.values, *self.per_rank]
+
+
+def collect(net: object) -> Wanted:
+    """Take a net apart.
+
+    Raises:
+        LayoutError: A leaf that nothing can be loaded into.
+        MatchError: Leaves that can't be put in place, because their container is immutable.
+    """
+    flat = flatten(net)
+    destinations = [Destination(tensor) for tensor in flat.tensors]
+    for destination in destinations:
+        destination.targets = _targets(destination)
+    fixed = [
+        leaf.name
+        for leaf in (*flat.values.values(), *flat.per_rank.values())
+        if leaf.replace is None
+    ]
+    fixed += [
+        destination.tensor.name
+        for destination in destinations
+        if not destination.in_place and destination.tensor.leaf.replace is None
+    ]
+    if fixed:
+        raise MatchError(
+            f"{len(fixed)} leaves of the net can't be replaced, because they lie in a tuple or a frozen dataclass, or "
+            f"are read-only: {', '.join(map(repr, fixed))}. Put them into a dict or a list",
+            mismatched=dict.fromkeys(fixed, "immutable"),
+        )
+    return Wanted(destinations, flat.values, flat.per_rank)
+
+
+def _targets(destination: Destination) -> list[Target]:
+    tensor = destination.tensor
+    if tensor.region is not None:
+        return [Target(destination, tensor.region, 0)]
+    start = tensor.start or 0
+    first, targets = 0, []
+    for region in boxes_of_run(tensor.shape, start, start + tensor.array.size):
+        targets.append(Target(destination, region, first))
+        first += region.size
+    return targets

@@ -1,0 +1,39 @@
+"""Who writes what, and who reads what: computed from descriptions alone, in columns. No I/O, no arrays' contents.
+
+`plan_write` takes what every rank holds and decides which rank stores which box: replicas are
+removed, and what several ranks hold is shared out so that all write the same number of bytes.
+`plan_read` takes what every rank wants and decides which rank reads which block of which file, so
+that each byte is read once.
+
+Shapes and boxes are padded with leading dimensions (0:1) to one width, at least 1, so that a scalar
+is no special case and tensors of all dimensions share one table; leading ones change no C-order
+position.
+"""
+
+from __future__ import annotations
+
+from distckpt.plan.holdings import (
+    Holdings,
+    describe,
+    holdings_from_plain,
+    holdings_to_plain,
+    narrow,
+)
+from distckpt.plan.read import Fragments, Wants, plan_read
+from distckpt.plan.write import DEFAULT_SHARD_BYTES, Replicas, WritePart, WritePlan, plan_write
+
+__all__ = [
+    "DEFAULT_SHARD_BYTES",
+    "Fragments",
+    "Holdings",
+    "Replicas",
+    "Wants",
+    "WritePart",
+    "WritePlan",
+    "describe",
+    "holdings_from_plain",
+    "holdings_to_plain",
+    "narrow",
+    "plan_read",
+    "plan_write",
+]

@@ -1,0 +1,248 @@
+"""Who reads what, and sends it to whom."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from distckpt.manifest import Pieces
+from distckpt.plan.balance import balance
+from distckpt.region import boxes_of_runs
+
+
+@dataclass(frozen=True, slots=True)
+class Wants:
+    """What ranks want to read, as columns: a row is a box of a tensor.
+
+    Attributes:
+        rank: (wants,) who wants it.
+        key: (wants,) the wanting rank's own number for the row.
+        tensor: (wants,) index of the saved tensor, ascending not required.
+        start: (wants, width) padded as the pieces are.
+        stop: (wants, width).
+    """
+
+    rank: np.ndarray
+    key: np.ndarray
+    tensor: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Fragments:
+    """Copies to make: a row takes from one block of a file what one want needs of one piece.
+
+    Attributes:
+        round: (rows,) the round in which it happens.
+        reader: (rows,) who reads the block.
+        consumer: (rows,) who wants it.
+        key: (rows,) the consumer's number of the want.
+        file: (rows,) the file.
+        block: (rows,) the block's number in the file.
+        itemsize: (rows,) bytes of an element.
+        offset_bytes: (rows,) where the piece begins in the file.
+        piece_start: (rows, width) the stored box.
+        piece_stop: (rows, width).
+        start: (rows, width) the part of it that is wanted, over all its blocks.
+        stop: (rows, width).
+    """
+
+    round: np.ndarray
+    reader: np.ndarray
+    consumer: np.ndarray
+    key: np.ndarray
+    file: np.ndarray
+    block: np.ndarray
+    itemsize: np.ndarray
+    offset_bytes: np.ndarray
+    piece_start: np.ndarray
+    piece_stop: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+    def take(self, index: np.ndarray) -> Fragments:
+        """Select rows."""
+        return Fragments(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
+    def of_rank(self, rank: int) -> Fragments:
+        """Select what a rank reads or receives."""
+        return self.take(np.flatnonzero((self.reader == rank) | (self.consumer == rank)))
+
+
+def plan_read(
+    pieces: Pieces,
+    itemsize: np.ndarray,
+    wants: Wants,
+    *,
+    block_bytes: int,
+    ranks: int,
+    round_bytes: int = 32 << 20,
+) -> Fragments:
+    """Decide who reads what, and what is sent to whom.
+
+    Every block of a file that anyone wants bytes of is read once, by one of the ranks that want
+    some of it; blocks that several want are shared out so that all read the same number of bytes.
+
+    Args:
+        pieces: What is stored, by tensor and start.
+        itemsize: (tensors,) bytes of an element.
+        wants: What is wanted, by all ranks.
+        block_bytes: Size of a block.
+        ranks: Number of ranks.
+        round_bytes: At most so many bytes does a rank read in a round.
+
+    Returns:
+        The copies, in order of round, file, block, consumer and want: on the reader's and on the
+        consumer's side alike.
+    """
+    piece, want = _intersecting(pieces, wants)
+    start = np.maximum(pieces.start[piece], wants.start[want])
+    stop = np.minimum(pieces.stop[piece], wants.stop[want])
+    extent = pieces.stop[piece] - pieces.start[piece]
+    size = itemsize[pieces.tensor[piece]]
+    # The stretch of the piece's C order from the first to the last wanted element.
+    step = np.ones_like(extent)
+    for dim in range(extent.shape[1] - 2, -1, -1):
+        step[:, dim] = step[:, dim + 1] * extent[:, dim + 1]
+    low = ((start - pieces.start[piece]) * step).sum(axis=1)
+    high = ((stop - 1 - pieces.start[piece]) * step).sum(axis=1) + 1
+    first = (pieces.offset_bytes[piece] + low * size) // block_bytes
+    last = (pieces.offset_bytes[piece] + high * size - 1) // block_bytes
+    count = last - first + 1
+    row = np.repeat(np.arange(len(piece)), count)
+    block = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count - first, count)
+    keep = _touched(
+        pieces, piece[row], start[row], stop[row], block, size[row], block_bytes, count[row]
+    )
+    row, block = row[keep], block[keep]
+    piece, want, start, stop, size = piece[row], want[row], start[row], stop[row], size[row]
+    file = pieces.file[piece]
+    reader, round_ = _readers(file, block, wants.rank[want], block_bytes, ranks, round_bytes)
+    order = np.lexsort((wants.key[want], wants.rank[want], block, file, round_))
+    return Fragments(
+        round_,
+        reader,
+        wants.rank[want],
+        wants.key[want],
+        file,
+        block,
+        size,
+        pieces.offset_bytes[piece],
+        pieces.start[piece],
+        pieces.stop[piece],
+        start,
+        stop,
+    ).take(order)
+
+
+def _intersecting(pieces: Pieces, wants: Wants) -> tuple[np.ndarray, np.ndarray]:
+    """Find the pairs (piece, want) of one tensor that have elements in common.
+
+    Within a tensor the pieces are sorted by their first cut dimension's start; the candidates of a
+    want are those from the first that reaches beyond its start to the last that begins before its
+    stop.
+    """
+    wanted = np.flatnonzero((wants.start < wants.stop).all(axis=1))
+    stored = np.flatnonzero(pieces.size_bytes > 0)
+    width = pieces.start.shape[1]
+    piece_out, want_out = [], []
+    tensor = pieces.tensor[stored]
+    order = wanted[np.argsort(wants.tensor[wanted], kind="stable")]
+    edges = np.flatnonzero(np.diff(wants.tensor[order], prepend=-1, append=-1))
+    for begin, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        rows = order[begin:end]
+        number = wants.tensor[rows[0]]
+        low, high = np.searchsorted(tensor, [number, number + 1])
+        mine = stored[low:high]
+        if not mine.size:
+            continue
+        cut = (pieces.start[mine] != pieces.start[mine[0]]).any(axis=0)
+        dim = int(np.argmax(cut)) if cut.any() else width - 1
+        reach = np.maximum.accumulate(pieces.stop[mine, dim])
+        from_ = np.searchsorted(reach, wants.start[rows, dim], side="right")
+        to = np.searchsorted(pieces.start[mine, dim], wants.stop[rows, dim], side="left")
+        count = np.maximum(to - from_, 0)
+        want = np.repeat(rows, count)
+        piece = mine[np.arange(count.sum()) - np.repeat(np.cumsum(count) - count - from_, count)]
+        common = (
+            np.maximum(pieces.start[piece], wants.start[want])
+            < np.minimum(pieces.stop[piece], wants.stop[want])
+        ).all(axis=1)
+        piece_out.append(piece[common])
+        want_out.append(want[common])
+    if not piece_out:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    return np.concatenate(piece_out), np.concatenate(want_out)
+
+
+def _touched(
+    pieces: Pieces,
+    piece: np.ndarray,
+    start: np.ndarray,
+    stop: np.ndarray,
+    block: np.ndarray,
+    size: np.ndarray,
+    block_bytes: int,
+    blocks: np.ndarray,
+) -> np.ndarray:
+    """Tell which blocks hold wanted elements: inside a stretch, a block can fall between two wanted rows."""
+    begin = np.maximum(block * block_bytes - pieces.offset_bytes[piece], 0) // size
+    end = ((block + 1) * block_bytes - pieces.offset_bytes[piece]) // size
+    origin = pieces.start[piece]
+    extent = pieces.stop[piece] - origin
+    end = np.minimum(end, extent.prod(axis=1))
+    touched = np.ones(len(piece), bool)
+    doubtful = np.flatnonzero(blocks > 2)  # the first and the last block always hold some
+    of, box_start, box_stop = boxes_of_runs(extent[doubtful], begin[doubtful], end[doubtful])
+    rows = doubtful[of]
+    common = (
+        np.maximum(box_start + origin[rows], start[rows])
+        < np.minimum(box_stop + origin[rows], stop[rows])
+    ).all(axis=1)
+    touched[doubtful] = False
+    touched[rows[common]] = True
+    return touched
+
+
+def _readers(
+    file: np.ndarray,
+    block: np.ndarray,
+    consumer: np.ndarray,
+    block_bytes: int,
+    ranks: int,
+    round_bytes: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose the reader and the round of each row's block."""
+    order = np.lexsort((consumer, block, file))
+    file, block, consumer = file[order], block[order], consumer[order]
+    new = np.ones(len(order), bool)
+    new[1:] = (file[1:] != file[:-1]) | (block[1:] != block[:-1])
+    which = np.cumsum(new) - 1  # number of the distinct block
+    first = np.flatnonzero(new)
+    last = np.append(first, len(order))[1:]
+    holders: dict[tuple[int, ...], list[int]] = {}
+    reader = np.zeros(len(first), np.int64)
+    load = np.zeros(ranks, np.int64)
+    for number, (low, high) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
+        group = tuple(dict.fromkeys(consumer[low:high].tolist()))
+        if len(group) == 1:
+            reader[number] = group[0]
+            load[group[0]] += 1
+        else:
+            holders.setdefault(group, []).append(number)
+    groups = [(np.array(group), len(members)) for group, members in holders.items()]
+    for (group, _), members, share in zip(
+        groups, holders.values(), balance(load, groups), strict=True
+    ):
+        reader[members] = np.repeat(group, share)
+    # A rank reads its blocks in the order of file and block, a fixed number a round.
+    per_round = max(1, round_bytes // block_bytes)
+    by_reader = np.argsort(reader, kind="stable")
+    edges = np.searchsorted(reader[by_reader], np.arange(ranks))
+    round_ = np.empty(len(first), np.int64)
+    round_[by_reader] = (np.arange(len(first)) - edges[reader[by_reader]]) // per_round
+    reader_out, round_out = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
+    reader_out[order], round_out[order] = reader[which], round_[which]
+    return reader_out, round_out

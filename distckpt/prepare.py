@@ -1,0 +1,379 @@
+"""A save before it is written: agreed on and planned by all ranks.
+
+This runs in the calling thread: the ranks agree that they save the same thing, plan it if it isn't
+planned yet, and take from the arrays what must not change any more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from distckpt import codec
+from distckpt.arena import Arena
+from distckpt.errors import (
+    CheckpointError,
+    CheckpointExists,
+    LayoutError,
+    SaveFailed,
+    from_plain,
+    raise_together,
+    to_plain,
+)
+from distckpt.manifest import MANIFEST_NAME
+from distckpt.plan import (
+    DEFAULT_SHARD_BYTES,
+    Holdings,
+    Replicas,
+    WritePart,
+    WritePlan,
+    describe,
+    holdings_from_plain,
+    holdings_to_plain,
+    narrow,
+    plan_write,
+)
+from distckpt.shardfile import ShardImage, checksum_run
+from distckpt.state import FlatState, flatten
+from distckpt.store import Store, open_store
+from distckpt.team import COORDINATOR, Late, Operation, Team
+from distckpt.waiting import Waiting
+from distckpt.writer import FileRecord, Staged, build_images, stage
+
+# Replicas are compared in full when a plan is first used, then a sixteenth of them a save, in turn.
+_CHECK_ROTATION = 16
+_CACHED_PLANS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a save was asked for, besides where and what."""
+
+    overwrite: bool = False
+    replicas: Replicas = "check"
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    metadata: Mapping[str, object] | None = None
+    metrics: Mapping[str, float] | None = None
+    step: int | None = None
+    timeout_s: float = 600.0
+
+    def planning(self) -> str:
+        """The options that a plan depends on, as text."""
+        rules = self.replicas if isinstance(self.replicas, str) else sorted(self.replicas.items())
+        return f"replicas={rules!r}, max_shard_bytes={self.max_shard_bytes}"
+
+
+@dataclass(slots=True)
+class _Known:
+    """A plan that the ranks have agreed on before."""
+
+    generation: int
+    part: WritePart
+    files: int
+    plan: WritePlan | None  # at the coordinator
+    saves: int = 0
+
+
+@dataclass(slots=True)
+class Save:
+    """A save between `prepare` and its end, on one rank."""
+
+    store: Store
+    operation: Operation
+    options: Options
+    save_id: int
+    files: int
+    images: dict[int, ShardImage]
+    staged: dict[int, Staged]
+    checks: dict[str, np.ndarray]
+    blob_lengths: dict[str, int]
+    node: str
+    plan: WritePlan | None
+    values: dict[str, object]
+    failure: dict[str, object] | None = None
+    written: list[FileRecord] = field(default_factory=list)
+
+
+def prepare(
+    team: Team,
+    url: str | os.PathLike[str] | Store,
+    state: object,
+    options: Options,
+    *,
+    storage_options: Mapping[str, object] | None = None,
+    arena: Arena | None = None,
+) -> Save:
+    """Collective. Agree on a save, plan it, and take what must not change any more.
+
+    Args:
+        team: The ranks.
+        url: Where to.
+        state: This rank's state.
+        options: The rest.
+        storage_options: For fsspec.
+        arena: Memory to copy the arrays to, so that they may change when this returns; None if they
+            won't.
+
+    Raises:
+        CheckpointError: The same on every rank; nothing was written.
+    """
+    operation = team.operation(options.timeout_s)
+    failure: BaseException | None = None
+    flat = FlatState([], {}, {})
+    held = describe([])
+    values: dict[str, bytes] = {}
+    blobs: dict[str, bytes] = {}
+    store: Store | None = None
+    try:
+        store = open_store(url, storage_options=storage_options)
+        flat = flatten(state)
+        held = describe(flat.tensors, list(flat.per_rank))
+        values = {name: codec.encode_value(leaf.value) for name, leaf in flat.values.items()}
+        blobs = {name: codec.pack(leaf.value.value) for name, leaf in flat.per_rank.items()}  # type: ignore[attr-defined]
+        if team.rank == COORDINATOR:
+            # Here and not at the commit, where the files would be written already.
+            for extra in (options.metadata, options.metrics):
+                codec.encode_value(None if extra is None else dict(extra))
+    except Exception as exc:  # a rank that fails still takes part
+        failure = exc
+    where = store.url if store is not None else str(url)
+    try:
+        known, shared = team.drive(
+            _agree(team, operation, store, where, held, values, options, failure)
+        )
+    except Late as late:
+        raise late_error(late, where) from late
+    except CheckpointError as exc:
+        if failure is not None:
+            raise exc from failure
+        raise
+    assert store is not None
+    save = Save(
+        store,
+        operation.in_background(),
+        options,
+        shared["save_id"],
+        known.files,
+        {},
+        {},
+        {},
+        {name: len(blob) for name, blob in blobs.items()},
+        team.coordinator.node,
+        known.plan,
+        shared["values"],
+    )
+    try:
+        save.images = build_images(flat.tensors, known.part, blobs, rank=team.rank)
+        save.checks = _check_replicas(flat, known)
+        if arena is not None:
+            for file, image in save.images.items():
+                save.staged[file] = stage(image, arena)
+    except Exception as exc:  # the others learn of it at the commit
+        save.failure = to_plain(exc)
+    known.saves += 1
+    return save
+
+
+def _agree(
+    team: Team,
+    operation: Operation,
+    store: Store | None,
+    where: str,
+    held: Holdings,
+    values: Mapping[str, bytes],
+    options: Options,
+    failure: BaseException | None,
+) -> Waiting[tuple[_Known, dict[str, Any]]]:
+    """Agree on the call; plan if any rank holds something new. Returns the plan, and what the coordinator decided."""
+    plans: dict[bytes, _Known] = team.memory.setdefault("plans", {})
+    digest = _digest(held, options)
+    known = plans.get(digest)
+
+    def decide(calls: list[Any]) -> list[Any]:
+        raise_together(
+            {rank: found["error"] for rank, found in enumerate(calls) if found["error"]},
+            where,
+            SaveFailed,
+            "save",
+            own_kind=True,
+        )
+        if not options.overwrite and store is not None:
+            refuse_existing(store)
+        generations = {found["generation"] for found in calls}
+        same_values = len({found["values"] for found in calls}) == 1
+        answer = {
+            "save_id": secrets.randbits(64) or 1,
+            "plan": len(generations) > 1 or None in generations,
+            "values": not same_values,
+        }
+        return [answer] * len(calls)
+
+    answer = yield from operation.agree(
+        {
+            "call": f"save to {where!r} ({options.planning()}, overwrite={options.overwrite}, step={options.step})",
+            "error": None if failure is None else to_plain(failure),
+            "generation": known.generation if known else None,
+            "values": _digest_values(values),
+        },
+        decide,
+        f"join the save to {where}",
+    )
+    plan: WritePlan | None = None
+    merged = dict(values)
+    if answer["plan"] or answer["values"]:
+        try:
+            described = yield from operation.gather(
+                2,
+                {
+                    "holdings": holdings_to_plain(held) if answer["plan"] else None,
+                    "values": dict(values) if answer["values"] else None,
+                },
+                f"describe its state for the save to {where}",
+            )
+        except Late as late:
+            plans.clear()
+            yield from operation.scatter(3, [{"error": to_plain(late)}] * team.size, "plan")
+            raise
+        parts: list[Any] | None = None
+        if described is not None:
+            try:
+                if answer["values"]:
+                    merged = _merge_values([found["values"] for found in described])
+                if answer["plan"]:
+                    plan = plan_write(
+                        [holdings_from_plain(found["holdings"]) for found in described],
+                        replicas=options.replicas,
+                        max_shard_bytes=options.max_shard_bytes,
+                    )
+                parts = [
+                    {
+                        "error": None,
+                        "files": plan.files if plan else None,
+                        "part": _part_to_plain(plan.parts[rank]) if plan else None,
+                    }
+                    for rank in range(team.size)
+                ]
+            except Exception as exc:
+                parts = [{"error": to_plain(exc)}] * team.size
+                plans.clear()
+        mine = yield from operation.scatter(3, parts, f"plan the save to {where}")
+        if mine["error"] is not None:
+            plans.clear()
+            raise from_plain(mine["error"])
+        if answer["plan"]:
+            known = _Known(operation.number, _part_from_plain(mine["part"]), mine["files"], plan)
+    assert known is not None
+    plans.pop(digest, None)
+    plans[digest] = known  # the newest last
+    while len(plans) > _CACHED_PLANS:
+        del plans[next(iter(plans))]
+    return known, {
+        **answer,
+        "values": {name: codec.decode_value(found) for name, found in merged.items()},
+    }
+
+
+def refuse_existing(store: Store) -> None:
+    """Raise CheckpointExists if there is a manifest."""
+    try:
+        store.size(MANIFEST_NAME)
+    except FileNotFoundError:
+        return
+    raise CheckpointExists(
+        f"{store.url}: there is a checkpoint already. Save to another URL, or pass overwrite=True"
+    )
+
+
+def late_error(late: Late, where: str, committed: bool | None = False) -> SaveFailed:
+    return SaveFailed(
+        f"{where}: {late}", failures=dict.fromkeys(late.ranks, str(late)), committed=committed
+    )
+
+
+def _digest(held: Holdings, options: Options) -> bytes:
+    """Identify what a plan depends on."""
+    found = hashlib.blake2b(options.planning().encode(), digest_size=16)
+    found.update("\0".join(held.names).encode() + b"\1" + "\0".join(held.per_rank).encode())
+    for column in (held.dtype, held.ndim, held.kind, held.shape, held.start, held.stop):
+        found.update(str(column.shape).encode())
+        found.update(np.ascontiguousarray(column))
+    return found.digest()
+
+
+def _digest_values(values: Mapping[str, bytes]) -> bytes:
+    found = hashlib.blake2b(digest_size=16)
+    for name in sorted(values):
+        for part in (name.encode(), values[name]):
+            found.update(len(part).to_bytes(8, "little"))
+            found.update(part)
+    return found.digest()
+
+
+def _part_to_plain(part: WritePart) -> dict[str, object]:
+    columns = {
+        name: getattr(part, name) for name in WritePart.__dataclass_fields__ if name != "blob_file"
+    }
+    return {name: narrow(column) for name, column in columns.items()} | {
+        "blob_file": part.blob_file
+    }
+
+
+def _part_from_plain(plain: Mapping[str, Any]) -> WritePart:
+    columns = {
+        name: plain[name].astype(np.int64)
+        for name in WritePart.__dataclass_fields__
+        if name != "blob_file"
+    }
+    return WritePart(**columns, blob_file=plain["blob_file"])
+
+
+def _merge_values(found: Sequence[Mapping[str, bytes]]) -> dict[str, bytes]:
+    """Unite the ranks' plain values.
+
+    Raises:
+        LayoutError: Ranks have different values of one name.
+    """
+    merged: dict[str, bytes] = {}
+    variants: dict[str, dict[bytes, int]] = {}
+    for rank, values in enumerate(found):
+        for name, value in values.items():
+            merged.setdefault(name, value)
+            variants.setdefault(name, {}).setdefault(value, rank)
+    wrong = {name: seen for name, seen in variants.items() if len(seen) > 1}
+    if wrong:
+        lines = []
+        for name, seen in wrong.items():
+            shown = [
+                f"{codec.decode_value(value)!r} on rank {rank}"
+                for value, rank in list(seen.items())[:4]
+            ]
+            lines.append(f"{name!r}: {', '.join(shown)}")
+        raise LayoutError(
+            f"{len(wrong)} plain values are not the same on all ranks; wrap what differs on purpose in PerRank:\n  "
+            + "\n  ".join(lines)
+        )
+    return merged
+
+
+def _check_replicas(flat: FlatState, known: _Known) -> dict[str, np.ndarray]:
+    """Take the checksums of what must be the same on other ranks: all of it the first time, then some in turn."""
+    part = known.part
+    rows = np.arange(len(part.check))
+    if known.saves:
+        rows = rows[part.check % _CHECK_ROTATION == known.saves % _CHECK_ROTATION]
+    sums = [
+        checksum_run(
+            flat.tensors[part.check_item[row]].array,
+            flat.tensors[part.check_item[row]].dtype,
+            int(part.check_source[row]),
+            int(part.check_size[row]),
+        )
+        for row in rows.tolist()
+    ]
+    return {"check": part.check[rows], "sum": np.array(sums, np.int64)}

@@ -1,0 +1,353 @@
+"""Reading blocks, verified, and bringing what is wanted of them to where it is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from distckpt import codec, dtypes
+from distckpt.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    IncompleteCheckpoint,
+    text,
+)
+from distckpt.manifest import MANIFEST_NAME, Manifest, table_bytes
+from distckpt.plan import Fragments, narrow
+from distckpt.region import Region, boxes_of_run
+from distckpt.shardfile import checksum, table_digest
+from distckpt.store import Store, read_object
+from distckpt.team import Operation
+from distckpt.waiting import Waiting
+
+# A consumer may be so many rounds behind its reader before the reader waits.
+_ROUNDS_AHEAD = 2
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """What a reader must know of a shard file."""
+
+    name: str
+    table_start: int
+    digest: bytes
+
+
+def read_manifest(store: Store) -> Manifest:
+    """Read the manifest of the checkpoint in a store.
+
+    Raises:
+        CheckpointNotFound: There is nothing.
+        IncompleteCheckpoint: There are files, but no manifest.
+        CorruptCheckpoint, UnsupportedFormat: The manifest can't be used.
+        StoreError: The store failed.
+    """
+    path = f"{store.url}/{MANIFEST_NAME}"
+    try:
+        return codec.decode(read_object(store, MANIFEST_NAME), path=path)
+    except FileNotFoundError:
+        pass
+    names = store.names()
+    if any(name.startswith("shard-") for name in names):
+        raise IncompleteCheckpoint(
+            f"{store.url}: {len(names)} files of a save, but no {MANIFEST_NAME}: the save was never committed, or is "
+            "still running. Use an earlier checkpoint"
+        )
+    found = f"a folder with {', '.join(names[:5])}" if names else "nothing"
+    raise CheckpointNotFound(f"{store.url}: expected a checkpoint ({MANIFEST_NAME}), found {found}")
+
+
+def stored_files(manifest: Manifest) -> list[StoredFile]:
+    """List a checkpoint's files."""
+    starts = manifest.file_table_start.tolist()
+    return [
+        StoredFile(name, start, digest)
+        for name, start, digest in zip(
+            manifest.file_names, starts, manifest.file_digest, strict=True
+        )
+    ]
+
+
+class BlockReader:
+    """Reads blocks of a checkpoint's files, and checks them.
+
+    Args:
+        store: Where they lie.
+        files: Number → file.
+        block_bytes: Size of a block.
+        verify: Whether to check them.
+
+    Attributes:
+        bytes_read: So far, tables included.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        files: Mapping[int, StoredFile],
+        block_bytes: int,
+        *,
+        verify: bool = True,
+    ) -> None:
+        self._store = store
+        self._files = files
+        self._block_bytes = block_bytes
+        self._verify = verify
+        self._tables: dict[int, np.ndarray] = {}
+        self._scratch = np.empty(0, np.uint8)
+        self.bytes_read = 0
+
+    def read(self, file: int, block: int) -> np.ndarray:
+        """Read one block. The array (uint8) is valid until the next call.
+
+        Raises:
+            CorruptCheckpoint: The file is short, or the block's checksum differs.
+            IncompleteCheckpoint: The file is not there.
+        """
+        stored = self._files[file]
+        start = block * self._block_bytes
+        stop = min(start + self._block_bytes, stored.table_start)
+        if len(self._scratch) < stop - start:
+            self._scratch = np.empty(max(stop - start, min(self._block_bytes, 4 << 20)), np.uint8)
+        data = self._scratch[: stop - start]
+        self._read_into(stored.name, start, memoryview(data))
+        if self._verify:
+            expected, found = int(self.table(file)[block]), checksum(data)
+            if expected != found:
+                raise CorruptCheckpoint(
+                    f"{self._store.url}/{stored.name}: bytes {start}:{stop} are damaged: their CRC32C is "
+                    f"{found:08x}, saved was {expected:08x}",
+                    path=stored.name,
+                    offset_bytes=start,
+                )
+        return data
+
+    def table(self, file: int) -> np.ndarray:
+        """Return a file's checksums, verified against the manifest."""
+        if file not in self._tables:
+            stored = self._files[file]
+            data = bytearray(table_bytes(stored.table_start, self._block_bytes))
+            self._read_into(stored.name, stored.table_start, memoryview(data))
+            if table_digest(data) != stored.digest:
+                raise CorruptCheckpoint(
+                    f"{self._store.url}/{stored.name}: its checksum table, from byte {stored.table_start} on, is damaged",
+                    path=stored.name,
+                    offset_bytes=stored.table_start,
+                )
+            self._tables[file] = np.frombuffer(data, "<u4")
+        return self._tables[file]
+
+    def _read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        try:
+            self._store.read_into(name, start, buffer)
+        except EOFError as exc:
+            raise CorruptCheckpoint(
+                f"{self._store.url}/{name}: the file is cut short: {exc}",
+                path=name,
+                offset_bytes=start,
+            ) from exc
+        except FileNotFoundError as exc:
+            raise IncompleteCheckpoint(
+                f"{self._store.url}/{name}: the manifest names this file, and it is not there: it was deleted, "
+                "or not all files were copied"
+            ) from exc
+        self.bytes_read += len(buffer)
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A part of a wanted box that lies in one block: a view of the block, and where it belongs."""
+
+    region: Region
+    first: int
+    shape: tuple[int, ...]
+    inner: tuple[slice, ...]
+
+    def of(self, block: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """View the part in the block's bytes."""
+        end = self.first + int(np.prod(self.shape, dtype=np.int64)) * dtype.itemsize
+        return block[self.first : end].view(dtype).reshape(self.shape)[self.inner]
+
+
+class Work:
+    """Fragments as plain rows, with the copies that each is made of. Equal on the reader's and the consumer's side."""
+
+    def __init__(self, fragments: Fragments, block_bytes: int) -> None:
+        self.block_bytes = block_bytes
+        self.round = fragments.round.tolist()
+        self.reader = fragments.reader.tolist()
+        self.consumer = fragments.consumer.tolist()
+        self.key = fragments.key.tolist()
+        self.file = fragments.file.tolist()
+        self.block = fragments.block.tolist()
+        self._fragments = fragments
+
+    def __len__(self) -> int:
+        return len(self.round)
+
+    def copies(self, row: int) -> Iterator[Copy]:
+        """Cut a row into views: a block holds a run of the piece, which is a few boxes."""
+        table = self._fragments
+        item, offset = int(table.itemsize[row]), int(table.offset_bytes[row])
+        origin = table.piece_start[row].tolist()
+        extent = (table.piece_stop[row] - table.piece_start[row]).tolist()
+        wanted = Region(tuple(table.start[row].tolist()), tuple(table.stop[row].tolist()))
+        block_start = self.block[row] * self.block_bytes
+        first = max(block_start - offset, 0) // item
+        total = int(np.prod(extent, dtype=np.int64))
+        last = min((block_start + self.block_bytes - offset) // item, total)
+        at = offset + first * item - block_start
+        for box in boxes_of_run(tuple(extent), first, last):
+            region = Region(
+                tuple(a + o for a, o in zip(box.start, origin, strict=True)),
+                tuple(b + o for b, o in zip(box.stop, origin, strict=True)),
+            )
+            common = region & wanted
+            if common is not None:
+                yield Copy(common, at, region.shape, common.relative_to(region.start).slices)
+            at += box.size * item
+
+
+def fragments_to_plain(fragments: Fragments) -> dict[str, object]:
+    """Take fragments apart, to be sent to the rank that they concern."""
+    return {name: narrow(getattr(fragments, name)) for name in Fragments.__dataclass_fields__}
+
+
+def fragments_from_plain(plain: Mapping[str, Any]) -> Fragments:
+    """Put together what `fragments_to_plain` took apart."""
+    return Fragments(
+        **{name: plain[name].astype(np.int64) for name in Fragments.__dataclass_fields__}
+    )
+
+
+Put = Callable[[int, Region, np.ndarray], None]
+
+
+def exchange(
+    operation: Operation,
+    step: int,
+    work: Work,
+    blocks: BlockReader,
+    dtype_of: Callable[[int], np.dtype],
+    put: Put,
+) -> Waiting[CheckpointError | None]:
+    """Collective. Read this rank's blocks and hand out what others want of them; receive what this rank wants.
+
+    In rounds, so that a bounded number of bytes is on its way. Each message says whether its blocks
+    are good. Uses the steps `step` (data) and `step + 1` (acknowledgements) of the operation.
+
+    Args:
+        operation: The messages.
+        step: See above.
+        work: What to do; rows in the order of the rounds.
+        blocks: Reads blocks.
+        dtype_of: The dtype of the data that a row's key wants, as stored.
+        put: Takes (key, region, values) of what this rank wants.
+
+    Returns:
+        None, or the first failure of this rank, or that another rank reported. Never raises one:
+        the others wait.
+    """
+    rank = operation.rank
+    failure: CheckpointError | None = None
+    ahead: dict[int, int] = {}  # consumer → messages that it has not acknowledged
+    row = 0
+    while row < len(work):
+        end = row
+        while end < len(work) and work.round[end] == work.round[row]:
+            end += 1
+        rows = range(row, end)
+        row = end
+        outgoing: dict[int, list[np.ndarray]] = {}
+        current, data = (-1, -1), np.empty(0, np.uint8)
+        for index in rows:
+            if work.reader[index] != rank:
+                continue
+            consumer = work.consumer[index]
+            if consumer != rank:
+                outgoing.setdefault(consumer, [])
+            if failure is not None:
+                continue
+            try:
+                if current != (work.file[index], work.block[index]):
+                    current = (work.file[index], work.block[index])
+                    data = blocks.read(*current)
+                for copy in work.copies(index):
+                    if consumer == rank:
+                        put(work.key[index], copy.region, copy.of(data, dtype_of(work.key[index])))
+                    else:
+                        item = np.dtype(f"V{int(work._fragments.itemsize[index])}")  # noqa: SLF001
+                        outgoing[consumer].append(_flat(copy.of(data, item)))
+            except Exception as exc:  # noqa: BLE001  the others wait for this rank's messages
+                failure = exc if isinstance(exc, CheckpointError) else CheckpointError(text(exc))
+        for consumer, parts in outgoing.items():
+            while ahead.get(consumer, 0) >= _ROUNDS_AHEAD:
+                yield from operation.receive(consumer, step + 1, "take what was read for it")
+                ahead[consumer] -= 1
+            ahead[consumer] = ahead.get(consumer, 0) + 1
+            operation.send(
+                consumer,
+                step,
+                {
+                    "error": None if failure is None else text(failure),
+                    "data": np.concatenate(parts) if parts else np.empty(0, np.uint8),
+                },
+            )
+        senders = dict.fromkeys(
+            work.reader[index]
+            for index in rows
+            if work.consumer[index] == rank and work.reader[index] != rank
+        )
+        for sender in senders:
+            message = yield from operation.receive(sender, step, "send what it read")
+            if message["error"] is not None:
+                failure = failure or CheckpointError(
+                    f"rank {sender} could not read: {message['error']}"
+                )
+            elif failure is None:
+                try:
+                    _take(work, rows, sender, rank, message["data"], dtype_of, put)
+                except Exception as exc:  # noqa: BLE001
+                    failure = (
+                        exc if isinstance(exc, CheckpointError) else CheckpointError(text(exc))
+                    )
+            operation.send(sender, step + 1, None)
+    for consumer, count in ahead.items():
+        for _ in range(count):
+            yield from operation.receive(consumer, step + 1, "take what was read for it")
+    return failure
+
+
+def _take(
+    work: Work,
+    rows: range,
+    sender: int,
+    rank: int,
+    data: np.ndarray,
+    dtype_of: Callable[[int], np.dtype],
+    put: Put,
+) -> None:
+    """Put a message's bytes in place: the same rows and copies as at the sender, in the same order."""
+    at = 0
+    for index in rows:
+        if work.reader[index] != sender or work.consumer[index] != rank:
+            continue
+        dtype = dtype_of(work.key[index])
+        for copy in work.copies(index):
+            size = copy.region.size * dtype.itemsize
+            values = data[at : at + size].view(dtype).reshape(copy.region.shape)
+            put(work.key[index], copy.region, values)
+            at += size
+
+
+def _flat(values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+
+
+def stored_dtype(code: int) -> np.dtype:
+    """Return the numpy dtype of a dtype code."""
+    return dtypes.BY_CODE[code].numpy

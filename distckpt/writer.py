@@ -1,0 +1,116 @@
+"""One rank's files: made from a plan and the arrays, staged if the arrays may change, and written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from distckpt import dtypes
+from distckpt.arena import Arena
+from distckpt.manifest import BLOCK_BYTES, shard_name
+from distckpt.plan import WritePart
+from distckpt.region import Region
+from distckpt.shardfile import Piece, ShardImage, blob_key, checksum, piece_key, table_digest
+from distckpt.state import TensorLeaf
+from distckpt.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """What the manifest must know of a written file."""
+
+    file: int
+    length: int
+    data_start: int
+    digest: bytes
+
+
+def build_images(
+    tensors: Sequence[TensorLeaf],
+    part: WritePart,
+    blobs: Mapping[str, bytes],
+    *,
+    rank: int,
+    block_bytes: int = BLOCK_BYTES,
+) -> dict[int, ShardImage]:
+    """Make this rank's files out of its part of the plan, by their global number.
+
+    Args:
+        tensors: This rank's tensors; the part's items are indices into them.
+        part: The part.
+        blobs: Per-rank values, encoded.
+        rank: This rank.
+        block_bytes: Bytes under one checksum.
+    """
+    pieces: dict[int, list[Piece]] = {}
+    rows = zip(
+        part.file.tolist(),
+        part.item.tolist(),
+        part.source.tolist(),
+        part.start.tolist(),
+        part.stop.tolist(),
+        strict=True,
+    )
+    for file, item, source, start, stop in rows:
+        leaf = tensors[item]
+        pad = len(start) - len(leaf.shape)
+        region = Region(tuple(start[pad:]), tuple(stop[pad:]))
+        key = piece_key(leaf.name, leaf.shape, region)
+        pieces.setdefault(file, []).append(Piece(key, leaf.dtype, region.shape, leaf.array, source))
+    for name, blob in blobs.items():
+        array = np.frombuffer(blob, np.uint8)
+        piece = Piece(blob_key(name, rank), dtypes.BY_NAME["uint8"], array.shape, array, 0)
+        pieces.setdefault(part.blob_file, []).append(piece)
+    return {file: ShardImage(found, block_bytes) for file, found in sorted(pieces.items())}
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A shard file's bytes before its table, copied, and their checksums."""
+
+    buffer: np.ndarray
+    checksums: list[int]
+
+
+def stage(image: ShardImage, arena: Arena) -> Staged:
+    """Copy a file's bytes, so that the arrays may change; checksums are taken while a block is in the cache."""
+    buffer = arena.take(image.table_start)
+    checksums = []
+    for index in range(image.blocks):
+        start, stop = image.block(index)
+        image.fill(buffer[start:stop], start, stop)
+        checksums.append(checksum(buffer[start:stop]))
+    return Staged(buffer, checksums)
+
+
+def write_file(
+    store: Store, file: int, files: int, save_id: int, image: ShardImage, staged: Staged | None
+) -> FileRecord:
+    """Write a file durably; it is visible under its name when this returns.
+
+    A staged file is written with one request, since every return to Python can wait for the
+    interpreter lock while training runs; one that isn't staged goes block by block through one
+    small buffer.
+    """
+    sink = store.create(shard_name(file, files, save_id), image.length)
+    try:
+        if staged is not None:
+            checksums = staged.checksums
+            sink.write_at(0, staged.buffer[: image.table_start].data)
+        else:
+            checksums = []
+            buffer = np.empty(min(image.block_bytes, image.table_start), np.uint8)
+            for index in range(image.blocks):
+                start, stop = image.block(index)
+                image.fill(buffer[: stop - start], start, stop)
+                checksums.append(checksum(buffer[: stop - start]))
+                sink.write_at(start, buffer[: stop - start].data)
+        table = np.array(checksums, "<u4").tobytes()
+        sink.write_at(image.table_start, table)
+        sink.commit()
+    except BaseException:
+        sink.abort()
+        raise
+    return FileRecord(file, image.length, image.data_start, table_digest(table))
