@@ -1,4 +1,4 @@
-"""Checkpoints for distributed training launched by MPI: saved by each rank, committed by a manifest, loaded anywhere."""
+"""Checkpoints for distributed training under MPI: every rank saves, any number of ranks loads."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ from distckpt.policy import EverySteps, KeepLast
 from distckpt.region import Region
 from distckpt.state import FlatShard, Net, PerRank, Shard
 from distckpt.store import Store
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Checkpoint",

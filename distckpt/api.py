@@ -97,7 +97,9 @@ def save_async(
     storage_options: StorageOptions = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> PendingCheckpoint:
-    """Collective. Start a save: the arrays are copied, and may change when this returns; the rest is in the background.
+    """Collective. Start a save: the arrays are copied, and may change when this returns.
+
+    The files are written and committed in the background.
 
     Args:
         url: As in `save`, and so are the other arguments.
@@ -143,8 +145,10 @@ class SavePlan:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.tensors} tensors, {self.bytes:,} bytes, in {sum(self.rank_files)} files "
-            f"by {len(self.rank_bytes)} ranks"
+            (
+                f"{self.tensors} tensors, {self.bytes:,} bytes, in {sum(self.rank_files)} files "
+                f"by {len(self.rank_bytes)} ranks"
+            )
         ]
         lines += [
             f"  rank {rank}: {size:,} bytes in {files} file{'' if files == 1 else 's'}"
@@ -170,8 +174,12 @@ def plan(
         max_shard_bytes: As in `save`.
         timeout_s: As in `save`.
 
+    Returns:
+        The plan, the same on every rank; printed, it is a table of the ranks.
+
     Raises:
         LayoutError: As in `save`.
+        SaveFailed: A rank failed or was late.
     """
     team = connect(comm)
     flat, failure = FlatState([], {}, {}), None
@@ -194,7 +202,7 @@ def plan(
         return [(len(found.names), sum(sizes), tuple(sizes), tuple(files))] * len(calls)
 
     call = {
-        "call": f"plan (replicas={replicas!r}, max_shard_bytes={max_shard_bytes})",
+        "call": f"plan{Options(replicas=replicas, max_shard_bytes=max_shard_bytes)}",
         "error": None if failure is None else to_plain(failure),
         "holdings": holdings_to_plain(held),
     }
@@ -204,12 +212,15 @@ def plan(
         raise SaveFailed(str(late), failures=dict.fromkeys(late.ranks, str(late))) from late
 
 
-def open(url: Url, *, storage_options: StorageOptions = None) -> Checkpoint:  # noqa: A001
+def open(url: Url, *, storage_options: StorageOptions = None) -> Checkpoint:
     """Open a checkpoint: its manifest is read, no tensor. Not collective.
 
     Args:
         url: Where it is.
         storage_options: Passed to the fsspec file system.
+
+    Returns:
+        A handle; tensors are read when it is asked for them.
 
     Raises:
         CheckpointNotFound: There is nothing.
@@ -230,7 +241,9 @@ def load(
     select: Callable[[str], bool] | None = None,
     storage_options: StorageOptions = None,
 ) -> dict[str, np.ndarray]:
-    """Load a checkpoint's tensors whole, whatever layout they were saved with, into this process. Not collective.
+    """Load a checkpoint's tensors whole into this process. Not collective.
+
+    It does not matter which layout they were saved with. Every byte is verified.
 
     Args:
         url: Where it is.
@@ -272,7 +285,9 @@ def load_into(
     timeout_s: float = 600,
     storage_options: StorageOptions = None,
 ) -> LoadReport:
-    """Collective. Load a checkpoint into a net, whatever layout and number of ranks it was saved with.
+    """Collective. Load a checkpoint into a net.
+
+    It does not matter which layout, or how many ranks, it was saved with.
 
     Args:
         url: Where it is.

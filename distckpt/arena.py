@@ -1,4 +1,4 @@
-"""Memory for staging: page-aligned, and reused from save to save, so that its pages are there already."""
+"""Memory for staging: page-aligned, and reused from save to save."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ class Arena:
         self._lock = threading.Lock()
 
     def take(self, size_bytes: int) -> np.ndarray:
-        """Take a buffer of at least so many bytes (uint8, contents undefined): the smallest free one that fits."""
+        """Take a buffer of at least so many bytes: the smallest free one that fits.
+
+        Returns:
+            A one-dimensional uint8 array, perhaps longer; its contents are undefined.
+        """
         with self._lock:
             fitting = [
                 index for index, buffer in enumerate(self._free) if buffer.size >= size_bytes

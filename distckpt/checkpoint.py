@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Any
+from typing import overload
 
 import numpy as np
 
@@ -25,10 +25,7 @@ from distckpt.loader import LoadReport
 from distckpt.loader import load_into as load_net
 from distckpt.manifest import Manifest, Pieces
 from distckpt.match import Prefixes, Rename
-from distckpt.plan import (
-    Wants,
-    plan_read,
-)
+from distckpt.plan import Wants, plan_read
 from distckpt.reader import BlockReader, Work, exchange, read_manifest, stored_files
 from distckpt.region import Region
 from distckpt.store import Store
@@ -40,9 +37,12 @@ StorageOptions = Mapping[str, object] | None
 
 
 class Checkpoint:
-    """A committed checkpoint. Its manifest is read when first needed; tensors are read when asked for.
+    """A committed checkpoint; its tensors are read when asked for.
 
-    Not collective, but for `load_into`. Safe to use from several threads.
+    A mapping of tensor names to `StoredTensor`: ``len``, ``in``, iteration (in the order of the
+    state) and indexing. Made by `distckpt.save`, `distckpt.open`, `PendingCheckpoint.wait` and
+    `Manager.open`; the manifest is read when first needed. Not collective, but for `load_into`.
+    Safe to use from several threads.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Checkpoint:
 
     @property
     def created(self) -> datetime:
-        """When it was committed."""
+        """When it was committed, in UTC."""
         return datetime.fromtimestamp(self.manifest.created_ns / 1e9, UTC)
 
     @property
@@ -118,9 +118,9 @@ class Checkpoint:
             MatchError: No tensor of this name.
         """
         if name not in self.manifest.index:
+            there = ", ".join(list(self)[:20])
             raise MatchError(
-                f"{self.url}: no tensor {name!r}; there are {len(self)}: {', '.join(list(self)[:20])}",
-                missing=[name],
+                f"{self.url}: no tensor {name!r}; there are {len(self)}: {there}", missing=[name]
             )
         return StoredTensor(self, name)
 
@@ -144,7 +144,24 @@ class Checkpoint:
     ) -> LoadReport:
         """Collective if `comm` has several ranks. Load into a net; see `distckpt.load_into`.
 
-        Here `comm=None` always means this process alone.
+        Args:
+            net: As in `distckpt.load_into`, and so are the other arguments.
+            comm: As in `distckpt.load_into`, but None always means this process alone.
+            strict: As in `distckpt.load_into`.
+            filter_prefix: As in `distckpt.load_into`.
+            only_prefix: As in `distckpt.load_into`.
+            select: As in `distckpt.load_into`.
+            rename: As in `distckpt.load_into`.
+            cast: As in `distckpt.load_into`.
+            verify: As in `distckpt.load_into`.
+            per_rank: As in `distckpt.load_into`.
+            timeout_s: As in `distckpt.load_into`.
+
+        Returns:
+            What was loaded, the same on every rank.
+
+        Raises:
+            CheckpointError: As in `distckpt.load_into`.
         """
         team = Team(Solo()) if comm is None else connect(comm)
         options = LoadOptions(
@@ -247,7 +264,9 @@ class Checkpoint:
             out[inner.slices] = values.reshape(inner.shape)
 
         operation = Operation(Solo(), 0, 0.0)
-        failure = drive(exchange(operation, 2, work, blocks, lambda _: out.dtype, put))
+        failure = drive(
+            exchange(operation, 2, work, blocks, dtype_of=lambda _: out.dtype, put=put)
+        )
         if failure is not None:
             raise failure
 
@@ -270,16 +289,20 @@ class Checkpoint:
             0 * one, np.array([[0]]), np.array([[length]]), file * one, offset * one, length * one
         )
         self._read(pieces, one, 0, Region((0,), (length,)), out)
-        return codec.unpack(memoryview(out))
+        found: object = codec.unpack(out.data)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor in a checkpoint; nothing is read before it is indexed.
 
-    Examples:
-        ``checkpoint["w"][...]`` is all of it, ``checkpoint["w"][10:20, ::2]`` reads only what the
-        slice needs.
+    ``checkpoint["w"][...]`` is all of it; ``checkpoint["w"][10:20, ::2]`` reads only the blocks
+    that rows 10 to 19 lie in. ``numpy.asarray(checkpoint["w"])`` works, too. Not collective.
+
+    Attributes:
+        checkpoint: Where it is.
+        name: Its name there.
     """
 
     checkpoint: Checkpoint
@@ -298,7 +321,7 @@ class StoredTensor:
 
     @property
     def dtype(self) -> np.dtype:
-        """Its dtype, little-endian."""
+        """Its dtype as saved, in little-endian byte order."""
         manifest = self.checkpoint.manifest
         return manifest.dtype_of(manifest.index[self.name]).numpy
 
@@ -339,7 +362,15 @@ class StoredTensor:
         return self.checkpoint._read_tensor(self.name, region)  # noqa: SLF001
 
     def __getitem__(self, index: object) -> np.ndarray:
-        """Read what a numpy index of ints, slices and an Ellipsis selects; only that is read, but for strides."""
+        """Read what a numpy index of ints, slices and an Ellipsis selects.
+
+        Only the box around it is read: a slice's step skips elements, but not their bytes.
+
+        Raises:
+            IndexError: It lies outside, or has too many entries.
+            TypeError: Another kind of index.
+            CheckpointError: As in `read`.
+        """
         entries = list(index) if isinstance(index, tuple) else [index]
         if Ellipsis in entries:
             at = entries.index(Ellipsis)
@@ -347,7 +378,8 @@ class StoredTensor:
         entries += [slice(None)] * (self.ndim - len(entries))
         if len(entries) != self.ndim:
             raise IndexError(f"{len(entries)} indices for {self.name!r} of {self.ndim} dimensions")
-        start, stop, inner = [], [], []
+        start, stop = [], []
+        inner: list[slice | int] = []
         for dim, (entry, extent) in enumerate(zip(entries, self.shape, strict=True)):
             if isinstance(entry, slice):
                 chosen = range(extent)[entry]
@@ -363,20 +395,22 @@ class StoredTensor:
                 low = int(entry) + (extent if entry < 0 else 0)
                 if not 0 <= low < extent:
                     raise IndexError(
-                        f"index {entry} is out of range for dimension {dim} of {self.name!r}, of extent {extent}"
+                        f"index {entry} is out of range for dimension {dim} of {self.name!r}, "
+                        f"of extent {extent}"
                     )
                 high = low + 1
-                inner.append(0)  # type: ignore[arg-type]
+                inner.append(0)
             else:
                 raise TypeError(
-                    f"{self.name!r} is indexed with ints, slices and an Ellipsis, not {type(entry).__name__}; "
-                    "read it first: tensor[...][index]"
+                    f"{self.name!r} is indexed with ints, slices and an Ellipsis, not "
+                    f"{type(entry).__name__}; read it first: tensor[...][index]"
                 )
             start.append(low)
             stop.append(high)
-        return self.read(Region(tuple(start), tuple(stop)))[tuple(inner)]
+        found: np.ndarray = self.read(Region(tuple(start), tuple(stop)))[tuple(inner)]
+        return found
 
-    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: np.dtype | None = None, *, copy: bool | None = None) -> np.ndarray:
         """Read the whole tensor."""
         del copy
         return self.read() if dtype is None else self.read().astype(dtype)
@@ -387,7 +421,12 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class PerRankValues(Sequence[object]):
-    """One per-rank value of every rank; each is read when asked for."""
+    """One per-rank value of every rank, by rank; each is read when asked for. Not collective.
+
+    Attributes:
+        checkpoint: Where it is.
+        name: Its name there.
+    """
 
     checkpoint: Checkpoint
     name: str
@@ -395,13 +434,20 @@ class PerRankValues(Sequence[object]):
     def __len__(self) -> int:
         return self.checkpoint.ranks
 
-    def __getitem__(self, rank: Any) -> Any:
-        """Read a rank's value.
+    @overload
+    def __getitem__(self, rank: int) -> object: ...
+    @overload
+    def __getitem__(self, rank: slice) -> list[object]: ...
+    def __getitem__(self, rank: int | slice) -> object:
+        """Read a rank's value, or those of a slice of ranks.
 
         Raises:
             MatchError: This rank saved none.
             IndexError: No such rank.
+            CheckpointError: As in `StoredTensor.read`.
         """
+        if isinstance(rank, slice):
+            return [self[number] for number in range(len(self))[rank]]
         if not isinstance(rank, int) or not 0 <= rank < len(self):
             raise IndexError(f"rank {rank!r} of {self.name!r}, saved by ranks 0 to {len(self) - 1}")
         return self.checkpoint._read_blob(self.name, rank)  # noqa: SLF001

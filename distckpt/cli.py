@@ -1,4 +1,4 @@
-"""``python -m distckpt info|ls|verify URL``: look at checkpoints. rich's only door, where it is installed."""
+"""``python -m distckpt info|ls|verify URL``: look at checkpoints. rich's only door."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from importlib.util import find_spec
 
 from distckpt.api import open as open_checkpoint
 from distckpt.checkpoint import Checkpoint
+from distckpt.coordinator import Solo
 from distckpt.errors import CheckpointError, CheckpointNotFound
 from distckpt.manager import Manager
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Run the command line. Not collective.
+
+    Args:
+        arguments: Words of the command line, without the program's name; the process's by default.
 
     Returns:
         The exit status: 0, or 1 when a checkpoint is missing or damaged (2 for wrong arguments).
@@ -61,13 +65,12 @@ def _list(url: str) -> None:
     try:
         checkpoint = open_checkpoint(url)
     except CheckpointNotFound:
-        runs = Manager(url, comm=_alone())
+        runs = Manager(url, comm=Solo())
         steps = runs.steps()
         if not steps:
             raise
-        _table(
-            ("step", "created", "ranks", "size", "metrics"), [_step_row(runs.open(s)) for s in steps]
-        )
+        header = ("step", "created", "ranks", "size", "metrics")
+        _table(header, [_step_row(runs.open(step)) for step in steps])
         return
     manifest = checkpoint.manifest
     rows = []
@@ -83,12 +86,6 @@ def _list(url: str) -> None:
     others = len(manifest.values) + len(manifest.per_rank)
     if others:
         sys.stdout.write(f"and {others} values: see `info`\n")
-
-
-def _alone() -> object:
-    from distckpt.coordinator import Solo
-
-    return Solo()
 
 
 def _step_row(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -115,12 +112,9 @@ def size_text(size_bytes: int) -> str:
         >>> size_text(999), size_text(1234567)
         ('999 B', '1.2 MB')
     """
-    size, unit = float(size_bytes), "B"
-    for larger in ("kB", "MB", "GB", "TB", "PB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+    units = ("B", "kB", "MB", "GB", "TB", "PB")
+    power = min((len(str(size_bytes)) - 1) // 3, len(units) - 1)
+    return f"{size_bytes / 1000**power:.{1 if power else 0}f} {units[power]}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

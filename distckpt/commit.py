@@ -25,9 +25,7 @@ from distckpt.errors import (
     to_plain,
 )
 from distckpt.manifest import BLOCK_BYTES, MANIFEST_NAME, Manifest, shard_name
-from distckpt.plan import (
-    WritePlan,
-)
+from distckpt.plan import WritePlan
 from distckpt.prepare import Save, late_error
 from distckpt.store import Store, read_object
 from distckpt.team import COORDINATOR, Late
@@ -37,6 +35,7 @@ from distckpt.writer import write_file
 logger = logging.getLogger(__name__)
 # How long a network file system may take to show the coordinator a file that another node has made.
 _LOOKUP_S = 5.0
+_MOST_LISTED = 20
 
 
 def _differing_replicas(outcomes: Sequence[Mapping[str, Any]], plan: WritePlan) -> str | None:
@@ -64,10 +63,10 @@ def _differing_replicas(outcomes: Sequence[Mapping[str, Any]], plan: WritePlan) 
     ]
     return (
         f"{len(lines)} tensors that claim to be the same on several ranks are not:\n  "
-        + "\n  ".join(lines[:20])
-        + ("\n  …" if len(lines) > 20 else "")
-        + '\nSynchronise them before saving; or pass replicas={"<name or glob>": "rank0"} to store the lowest rank\'s, '
-        '"trust" not to compare; or wrap what differs on purpose in PerRank.'
+        + "\n  ".join(lines[:_MOST_LISTED])
+        + ("\n  …" if len(lines) > _MOST_LISTED else "")
+        + '\nSynchronise them before saving; or pass replicas={"<name or glob>": "rank0"} to store '
+        'the lowest rank\'s, "trust" not to compare; or wrap what differs on purpose in PerRank.'
     )
 
 
@@ -77,24 +76,23 @@ def write(save: Save) -> None:
         return
     try:
         for file, image in save.images.items():
-            staged = save.staged.get(file)
+            name = shard_name(file, save.files, save.save_id)
             save.written.append(
-                write_file(save.store, file, save.files, save.save_id, image, staged)
+                write_file(save.store, name, image, save.staged.get(file), file=file)
             )
-    except Exception as exc:
+    except Exception as exc:  # noqa: BLE001  the others learn of it at the commit
         save.failure = to_plain(exc)
 
 
 def commit(save: Save) -> Waiting[Manifest | None]:
-    """Collective. Bring all ranks' outcomes together and write the manifest: the manifest is the commit.
+    """Collective. Bring all ranks' outcomes together and write the manifest, which is the commit.
 
     Returns:
         The manifest at the coordinator, None elsewhere.
 
     Raises:
         SaveFailed, CheckpointExists: The same on every rank. This rank's files are gone, unless it
-        is unknown whether
-            the commit took place.
+            is unknown whether the commit took place.
     """
     operation, store = save.operation, save.store
     outcome = {
@@ -105,9 +103,7 @@ def commit(save: Save) -> Waiting[Manifest | None]:
             for record in save.written
         ],
         "blobs": save.blob_lengths,
-        "checks": save.checks
-        if save.checks
-        else {"check": np.zeros(0, np.int64), "sum": np.zeros(0, np.int64)},
+        "checks": save.checks or {"check": np.zeros(0, np.int64), "sum": np.zeros(0, np.int64)},
     }
     result: dict[str, Any] = {"error": None}
     manifest: Manifest | None = None
@@ -159,7 +155,8 @@ def _discard(save: Save) -> None:
 
 def _commit_at_coordinator(save: Save, outcomes: Sequence[Mapping[str, Any]]) -> Manifest:
     store, plan = save.store, save.plan
-    assert plan is not None
+    if plan is None:
+        raise SaveFailed(f"{store.url}: the coordinator has no plan of this save")
     raise_together(
         {rank: found["error"] for rank, found in enumerate(outcomes) if found["error"]},
         store.url,
@@ -183,7 +180,10 @@ def _commit_at_coordinator(save: Save, outcomes: Sequence[Mapping[str, Any]]) ->
 
 
 def _look_up(save: Save, outcomes: Sequence[Mapping[str, Any]]) -> None:
-    """See one new file of each node by its exact name: a folder that isn't shared would make a checkpoint of holes."""
+    """See one new file of each node by its exact name.
+
+    A folder that the nodes do not share would make a checkpoint of holes.
+    """
     missing: dict[str, str] = {}
     for rank in range(len(outcomes)):
         outcome = outcomes[rank]
@@ -206,8 +206,9 @@ def _look_up(save: Save, outcomes: Sequence[Mapping[str, Any]]) -> None:
         pause_s = min(2 * pause_s, 1.0)
     nodes = ", ".join(f"{node} ({name})" for node, name in missing.items())
     raise SaveFailed(
-        f"{save.store.url}: the coordinator, on {save.node}, can't see what was written on: {nodes}. The URL "
-        "must be one storage for all ranks: not a node's own folder, and not memory:// over several processes",
+        f"{save.store.url}: the coordinator, on {save.node}, can't see what was written on: "
+        f"{nodes}. The URL must be one storage for all ranks: not a node's own folder, and not "
+        "memory:// over several processes",
         failures={
             rank: "its file is not visible to the coordinator"
             for rank, outcome in enumerate(outcomes)
@@ -218,9 +219,10 @@ def _look_up(save: Save, outcomes: Sequence[Mapping[str, Any]]) -> None:
 
 def _make_manifest(save: Save, plan: WritePlan, outcomes: Sequence[Mapping[str, Any]]) -> Manifest:
     records = sorted(record for outcome in outcomes for record in outcome["files"])
-    if [record[0] for record in records] != list(range(plan.files)):
+    written = [record[0] for record in records]
+    if written != list(range(plan.files)):
         raise SaveFailed(
-            f"{save.store.url}: {plan.files} files were planned, and those written are {[r[0] for r in records]}"
+            f"{save.store.url}: {plan.files} files were planned, and those written are {written}"
         )
     ranks = len(outcomes)
     return Manifest(
@@ -266,8 +268,9 @@ def _put_manifest(store: Store, manifest: Manifest, *, replace: bool) -> None:
             found = None
         except (OSError, CheckpointError) as second:
             raise SaveFailed(
-                f"{store.url}: the manifest could not be written ({text(exc)}), and whether it was can't be read back "
-                f"({text(second)}): the checkpoint may or may not be committed; nothing was deleted",
+                f"{store.url}: the manifest could not be written ({text(exc)}), and whether it was "
+                f"can't be read back ({text(second)}): the checkpoint may or may not be committed; "
+                "nothing was deleted",
                 failures={COORDINATOR: text(exc)},
                 committed=None,
             ) from exc
@@ -278,7 +281,8 @@ def _put_manifest(store: Store, manifest: Manifest, *, replace: bool) -> None:
             return
         if found is not None and not replace:
             raise CheckpointExists(
-                f"{store.url}: another save committed here first. Save to another URL, or pass overwrite=True"
+                f"{store.url}: another save committed here first. Save to another URL, or pass "
+                "overwrite=True"
             ) from exc
         raise SaveFailed(
             f"{store.url}: the manifest could not be written: {text(exc)}",
@@ -287,7 +291,7 @@ def _put_manifest(store: Store, manifest: Manifest, *, replace: bool) -> None:
 
 
 def _read_replaced(store: Store) -> Manifest | None:
-    """Read the manifest that is to be replaced; None if there is none, or none that names its files."""
+    """Read the manifest to be replaced; None if there is none, or none that can be read."""
     try:
         return codec.decode(read_object(store, MANIFEST_NAME))
     except FileNotFoundError:
@@ -304,6 +308,12 @@ def _read_replaced(store: Store) -> Manifest | None:
 
 
 def delete_checkpoint(store: Store, manifest: Manifest) -> None:
-    """Delete a checkpoint: the manifest first, durably, then only the files that it named (invariant I5)."""
+    """Delete a checkpoint, the manifest first. Not collective.
+
+    Then only the files that it named (invariant I5): another save's may lie beside them.
+
+    Raises:
+        StoreError: The store failed; without its manifest, there is no checkpoint any more.
+    """
     store.delete([MANIFEST_NAME])
     store.delete(manifest.file_names)

@@ -10,14 +10,18 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from collections import deque
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 from distckpt.errors import CheckpointError
+from distckpt.waiting import Waiting, drive
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-from distckpt.waiting import Waiting, drive
+
+# A text, so that who names this type does not import mpi4py.
+MpiComm: TypeAlias = "MPI.Comm"
 
 # Tags below this belong to the calling thread's operations, those above to saves in the background.
 BACKGROUND_TAG = 1 << 14
@@ -25,7 +29,10 @@ BACKGROUND_TAG = 1 << 14
 
 @runtime_checkable
 class Coordinator(Protocol):
-    """Tagged point-to-point messages between the ranks of one job. Nothing here blocks."""
+    """Tagged point-to-point messages between the ranks of one job. Nothing here blocks.
+
+    Messages are bytes and have any length. Where `concurrent`, several threads use it at once.
+    """
 
     @property
     def rank(self) -> int:
@@ -44,17 +51,34 @@ class Coordinator(Protocol):
         """Whether another thread may send and receive while the main thread does."""
 
     def post(self, dest: int, tag: int, payload: bytes) -> None:
-        """Send; return at once."""
+        """Send a message; return at once, whether or not the other rank is there.
 
-    def poll(self, tag: int, source: int | None = None) -> tuple[int, bytes] | None:
-        """Receive a message of this tag, from a rank or from any, if one has come: its source and content.
+        Args:
+            dest: The rank that receives it.
+            tag: 0 to 32,767.
+            payload: Its content; may not change any more.
+        """
 
-        Messages of one source and tag come in the order in which they were sent.
+    def poll(self, tag: int, source: int | None = None) -> tuple[int, bytes | bytearray] | None:
+        """Receive a message, if one has come.
+
+        Args:
+            tag: Its tag.
+            source: The rank that it is from; any, if None.
+
+        Returns:
+            Its source and its content, or None. Messages of one source and tag come in the order in
+            which they were sent.
         """
 
 
 class Solo:
-    """The coordinator of a single process."""
+    """The coordinator of a single process: as `comm=`, it saves and loads alone.
+
+    Examples:
+        >>> Solo().rank, Solo().size
+        (0, 1)
+    """
 
     rank = 0
     size = 1
@@ -66,7 +90,11 @@ class Solo:
         return socket.gethostname()
 
     def post(self, dest: int, tag: int, payload: bytes) -> None:
-        """There is no one to send to."""
+        """There is no one to send to.
+
+        Raises:
+            CheckpointError: Always.
+        """
         raise CheckpointError(
             f"a single process has no rank {dest} (tag {tag}, {len(payload)} bytes)"
         )
@@ -74,10 +102,16 @@ class Solo:
     def poll(self, tag: int, source: int | None = None) -> tuple[int, bytes] | None:
         """Nothing ever comes."""
         del tag, source
+        return None
 
 
 class MpiCoordinator:
-    """Messages over two duplicates of an mpi4py communicator: for calls, and for saves in the background."""
+    """Messages over two duplicates of an mpi4py communicator.
+
+    Args:
+        calls: For what the calling thread does.
+        background: For saves in the background.
+    """
 
     def __init__(self, calls: MPI.Comm, background: MPI.Comm) -> None:
         from mpi4py import MPI
@@ -99,7 +133,7 @@ class MpiCoordinator:
             self._sending.append((request, payload))
             self._reap()
 
-    def poll(self, tag: int, source: int | None = None) -> tuple[int, bytes] | None:
+    def poll(self, tag: int, source: int | None = None) -> tuple[int, bytearray] | None:
         """See `Coordinator`."""
         status = self._mpi.Status()
         origin = self._mpi.ANY_SOURCE if source is None else source
@@ -112,6 +146,16 @@ class MpiCoordinator:
         buffer = bytearray(status.Get_count(self._mpi.BYTE))
         message.Recv([buffer, self._mpi.BYTE])
         return status.Get_source(), buffer
+
+    def free(self) -> bool:
+        """Free the duplicates; not while a message has not left. Returns whether they are free."""
+        with self._lock:
+            self._reap()
+            if self._sending:
+                return False
+        for comm in self._comms:
+            comm.Free()
+        return True
 
     def _comm(self, tag: int) -> MPI.Comm:
         return self._comms[tag >= BACKGROUND_TAG]
@@ -140,7 +184,7 @@ def world() -> MPI.Comm:
 
 
 def as_mpi(comm: object) -> MPI.Comm | None:
-    """Return an mpi4py communicator as such, None if it is something else. Never imports mpi4py."""
+    """Return an mpi4py communicator as such, None if it is something else; imports no MPI."""
     if "mpi4py" not in sys.modules:
         return None
     from mpi4py import MPI
@@ -154,6 +198,7 @@ def duplicate(comm: MPI.Comm, *, timeout_s: float = 600.0) -> MpiCoordinator:
     Raises:
         CheckpointError: Not all ranks came in time.
     """
+    _free_abandoned()
     return MpiCoordinator(*drive(_duplicates(comm, timeout_s)))
 
 
@@ -176,20 +221,55 @@ def _duplicates(comm: MPI.Comm, timeout_s: float) -> Waiting[tuple[MPI.Comm, MPI
 
 def kept(comm: MPI.Comm) -> object:
     """Return what `keep` has left with a communicator; None if nothing."""
-    return comm.Get_attr(_keyval())
+    found = comm.Get_attr(_marks().keyval)
+    return None if found is None else found[0]
 
 
-def keep(comm: MPI.Comm, value: object) -> None:
-    """Leave an object with a communicator, as one of its attributes: it goes when that goes."""
-    comm.Set_attr(_keyval(), value)
+def keep(comm: MPI.Comm, user: object, coordinator: MpiCoordinator) -> None:
+    """Leave the only user of a coordinator with the communicator that it was duplicated from.
+
+    It is an attribute, and goes when the communicator is freed. The duplicates are freed some time
+    after that, when nothing, such as a save in flight, refers to the user any more.
+    """
+    comm.Set_attr(_marks().keyval, (user, coordinator))
 
 
-def _keyval() -> int:
-    """Return the key of our attribute; it lives with the mpi4py module itself."""
+class _Marks:
+    """What we leave with the mpi4py module itself, since it is as old as MPI in this process.
+
+    Attributes:
+        keyval: The key of our attribute.
+        abandoned: Users and coordinators whose communicator is gone.
+    """
+
+    def __init__(self) -> None:
+        from mpi4py import MPI
+
+        self.keyval = MPI.Comm.Create_keyval(delete_fn=self._abandon)
+        self.abandoned: list[tuple[weakref.ref[object], MpiCoordinator]] = []
+
+    def _abandon(self, comm: MPI.Comm, keyval: int, kept: tuple[object, MpiCoordinator]) -> None:
+        """MPI is freeing a communicator, maybe all of them: not the time to call it."""
+        del comm, keyval
+        user, coordinator = kept
+        self.abandoned.append((weakref.ref(user), coordinator))
+
+
+def _marks() -> _Marks:
     from mpi4py import MPI
 
-    keyval: int | None = getattr(MPI, "_distckpt_keyval", None)
-    if keyval is None:
-        keyval = MPI.Comm.Create_keyval()
-        MPI._distckpt_keyval = keyval  # type: ignore[attr-defined]
-    return keyval
+    marks: _Marks | None = getattr(MPI, "_distckpt", None)
+    if marks is None:
+        marks = _Marks()
+        MPI._distckpt = marks  # type: ignore[attr-defined]
+    return marks
+
+
+def _free_abandoned() -> None:
+    """Free the duplicates that nobody will use again: MPI libraries stop at some 2,000."""
+    marks = _marks()
+    marks.abandoned = [
+        (user, coordinator)
+        for user, coordinator in marks.abandoned
+        if user() is not None or not coordinator.free()
+    ]

@@ -115,7 +115,7 @@ def is_narrowing(saved: Dtype, wanted: Dtype) -> bool:
 
 
 def count_lost(values: np.ndarray, wanted: Dtype) -> int:
-    """Count the values that *wanted* can't hold: finite → not finite, or an integer out of range."""
+    """Count the values that *wanted* can't hold: they would become infinite, or wrap around."""
     if values.dtype.kind == "i":
         bounds = np.iinfo(wanted.numpy)
         return int(np.count_nonzero((values < bounds.min) | (values > bounds.max)))

@@ -6,13 +6,13 @@
     ├── CheckpointNotFound   (FileNotFoundError)  nothing at this URL
     ├── CheckpointExists     (FileExistsError)    a committed checkpoint is in the way
     ├── IncompleteCheckpoint                      files of a save, but no (whole) set of them
-    ├── CorruptCheckpoint    (ValueError)         bytes differ from their checksum; .path
-    .offset_bytes ├── UnsupportedFormat    (ValueError)         not ours, or from a newer major
-    version ├── LayoutError          (ValueError)         a state whose pieces do not fit together
-    ├── MatchError           (LookupError)        names, shapes or dtypes of a net and a checkpoint
-    differ ├── StoreError           (OSError)            the storage refused; .url ├── SaveFailed
-    a save failed; .failures .committed, equal on every rank └── LoadFailed
-    a load failed; .failures .touched, equal on every rank
+    ├── CorruptCheckpoint    (ValueError)         bytes differ from their checksum
+    ├── UnsupportedFormat    (ValueError)         not ours, or from a newer major version
+    ├── LayoutError          (ValueError)         a state whose pieces do not fit together
+    ├── MatchError           (LookupError)        a net and a checkpoint do not fit together
+    ├── StoreError           (OSError)            the storage refused
+    ├── SaveFailed                                a save failed; equal on every rank
+    └── LoadFailed                                a load failed; equal on every rank
 
 What was wrong with the call keeps its own class on every rank (`LayoutError`, `MatchError`,
 `CheckpointExists`, …); what went wrong on the way is a `SaveFailed` or a `LoadFailed` with each
@@ -21,7 +21,7 @@ rank's cause.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -200,19 +200,18 @@ def text(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-# Errors of what a rank was given, which keep their class when all ranks that failed report the
-# same.
+# Errors of what a rank was given: they keep their class when all ranks that failed report the same.
 _OF_THE_CALL = frozenset({"LayoutError", "MatchError", "CheckpointExists", "StoreError"})
 
 
 def raise_together(
     errors: Mapping[int, Mapping[str, Any]],
     url: str,
-    kind: type[SaveFailed] | type[LoadFailed],
+    kind: Callable[..., SaveFailed | LoadFailed],
     verb: str,
     *,
     own_kind: bool = False,
-    **attributes: Any,
+    **attributes: object,
 ) -> None:
     """Raise what ranks report, if any does: a *kind* with every rank's cause.
 
@@ -224,6 +223,9 @@ def raise_together(
         own_kind: Nothing was done yet: where all who failed were given something wrong of the same
             kind, the error is of that kind.
         **attributes: Of the error.
+
+    Raises:
+        CheckpointError: See above; none if *errors* is empty.
     """
     if not errors:
         return

@@ -1,4 +1,4 @@
-"""How tensors are cut: layouts, tables of them, and the check that boxes cover a tensor exactly once."""
+"""How tensors are cut, and the check that boxes cover a tensor exactly once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
+from distckpt.errors import ranks_text
 from distckpt.region import Region
 
 BALANCED = 0
@@ -36,7 +37,14 @@ def cut_points(extent: int, parts: int, rule: int) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A regular cut of a tensor, in constant space; see ``Layouts`` in ``manifest.proto``."""
+    """A regular cut of a tensor, in constant space; see ``Layouts`` in ``manifest.proto``.
+
+    Attributes:
+        parts: Pieces along each dimension.
+        rule: `BALANCED` or `CEILING`, for each dimension.
+        file_base: File of the first piece.
+        file_stride: How much the file's number grows from a piece to the next, in each dimension.
+    """
 
     parts: tuple[int, ...]
     rule: tuple[int, ...]
@@ -97,9 +105,8 @@ class Layout:
         starts = [np.unique(self.start[:, dim]) for dim in range(ndim)]
         if math.prod(len(values) for values in starts) != len(self):
             return None
-        options: list[
-            list[tuple[int, int]]
-        ] = []  # per dimension: (parts, rule) that give its starts
+        # For each dimension, the (parts, rule) that give its starts.
+        options: list[list[tuple[int, int]]] = []
         for dim, values in enumerate(starts):
             found = [
                 (len(values), rule)
@@ -110,8 +117,7 @@ class Layout:
                 return None
             options.append(found)
         parts = tuple(found[0][0] for found in options)
-        # The boxes are in ascending order, so box i has the grid coordinates unravel_index(i,
-        # parts).
+        # Boxes are in ascending order: box i has the grid coordinates unravel_index(i, parts).
         step = [math.prod(parts[dim + 1 :]) for dim in range(ndim)]
         base = int(self.file[0])
         stride = tuple(
@@ -183,7 +189,7 @@ def wrong_covers(
 
 
 def cover_faults(shape: Sequence[int], boxes: Sequence[Region], limit: int = 3) -> list[str]:
-    """Say in words where *boxes* do not cover *shape* exactly once: the first of each kind of fault.
+    """Say in words where boxes do not cover a shape exactly once: the first few of each kind.
 
     Quadratic in the number of boxes: only for naming a fault that `wrong_covers` has found.
 
@@ -228,8 +234,7 @@ def _gaps(whole: Region, boxes: list[Region]) -> Iterator[Region]:
         else:
             yield region
             continue
-        # Peel off, dimension by dimension, what lies before and after the box; what is left is the
-        # box.
+        # Peel off, dimension by dimension, what lies before and after the box: it is what is left.
         start, stop = list(region.start), list(region.stop)
         for dim in range(len(start)):
             for a, b in ((box.stop[dim], stop[dim]), (start[dim], box.start[dim])):
@@ -246,8 +251,7 @@ def describe_faults(
 ) -> str:
     """Put `cover_faults` into one line, with the ranks that hold each box."""
     labels = [
-        f"{box} (rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:4]))}"
-        f"{', …' if len(ranks) > 4 else ''})"
+        f"{box} ({ranks_text(ranks, limit=4)})"
         for box, ranks in zip(boxes, holders, strict=True)
     ]
     texts = [text.format(*labels) for text in cover_faults(shape, boxes)]

@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 
 from distckpt import dtypes
-from distckpt.errors import (
-    MatchError,
-)
+from distckpt.errors import MatchError
 from distckpt.manifest import Manifest, Pieces, pad_columns
 from distckpt.match import Matching, Prefixes, Rename, match
 from distckpt.plan import (
@@ -21,17 +19,14 @@ from distckpt.plan import (
     holdings_from_plain,
     plan_read,
 )
-from distckpt.reader import (
-    fragments_to_plain,
-    stored_files,
-)
+from distckpt.reader import fragments_to_plain, stored_files
 
 ResolvePerRank = Callable[[list[Any], int, int], object]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """What a load was asked for, besides from where and into what."""
+    """What a load was asked for, besides from where and into what; see `distckpt.load_into`."""
 
     strict: bool = False
     filter_prefix: Prefixes = ()
@@ -47,7 +42,19 @@ class LoadOptions:
 def plan_load(
     manifest: Manifest, calls: Sequence[Mapping[str, Any]], options: LoadOptions
 ) -> list[dict[str, Any]]:
-    """Match, check, and decide who reads what; one answer a rank."""
+    """Match, check, and decide who reads what.
+
+    Args:
+        manifest: The checkpoint's.
+        calls: What each rank wants, by rank.
+        options: The coordinator's.
+
+    Returns:
+        One answer a rank, plain.
+
+    Raises:
+        MatchError: Names, shapes, dtypes and kinds that do not fit, all at once.
+    """
     ranks = len(calls)
     helds = [holdings_from_plain(call["tensors"]) for call in calls]
     names = dict.fromkeys(
@@ -67,13 +74,15 @@ def plan_load(
     mismatched: dict[str, str] = {}
     cast: dict[str, str] = {}
     for held in helds:
-        _compare(manifest, matching, held, options, mismatched, cast)
+        _compare(manifest, matching, held, options=options, mismatched=mismatched, cast=cast)
     for rank, call in enumerate(calls):
-        _compare_kinds(manifest, matching, call, rank, ranks, mismatched)
+        found = _compare_kinds(manifest, matching, call, rank=rank, ranks=ranks)
+        mismatched.update(found)
     if mismatched:
         lines = "\n  ".join(f"{name!r}: {what}" for name, what in mismatched.items())
         raise MatchError(
-            f"{len(mismatched)} names of the net do not fit what is saved under them; nothing was loaded:\n  {lines}",
+            f"{len(mismatched)} names of the net do not fit what is saved under them; nothing was "
+            f"loaded:\n  {lines}",
             mismatched=mismatched,
         )
     keeps = [_stored_codes(manifest, matching, held) for held in helds]
@@ -87,8 +96,13 @@ def plan_load(
             saved != code and dtypes.is_narrowing(dtypes.BY_CODE[saved], dtypes.BY_CODE[code])
             for saved, code in zip(stored[stored > 0].tolist(), wanted.tolist(), strict=True)
         ]
-    firsts = _read(pieces, itemsize, wants, is_blob | narrow_row, manifest, ranks)
-    seconds = _read(pieces, itemsize, wants, ~is_blob, manifest, ranks)
+
+    def read(which: np.ndarray) -> Fragments:
+        rows = np.flatnonzero(which)
+        some = Wants(*(getattr(wants, name)[rows] for name in Wants.__dataclass_fields__))
+        return plan_read(pieces, itemsize, some, block_bytes=manifest.block_bytes, ranks=ranks)
+
+    firsts, seconds = read(is_blob | narrow_row), read(~is_blob)
     files = stored_files(manifest)
     answers = []
     for rank, call in enumerate(calls):
@@ -128,11 +142,12 @@ def _compare(
     manifest: Manifest,
     matching: Matching,
     held: Holdings,
+    *,
     options: LoadOptions,
     mismatched: dict[str, str],
     cast: dict[str, str],
 ) -> None:
-    """Compare shapes and dtypes of wanted and saved tensors."""
+    """Compare shapes and dtypes of wanted and saved tensors; the two dicts take what differs."""
     width = held.shape.shape[1]
     for row, name in enumerate(held.names):
         saved = matching.pairs.get(name)
@@ -153,8 +168,8 @@ def _compare(
                 mismatched[name] = f"wants {wanted.name}, saved is {stored.name} ({why})"
             elif not dtypes.can_convert(stored, wanted):
                 mismatched[name] = (
-                    f"wants {wanted.name}, saved is {stored.name}; only floats are converted to floats, "
-                    "and signed integers to signed integers"
+                    f"wants {wanted.name}, saved is {stored.name}; only floats are converted to "
+                    "floats, and signed integers to signed integers"
                 )
             else:
                 cast[name] = f"{stored.name} → {wanted.name}"
@@ -164,11 +179,16 @@ def _compare_kinds(
     manifest: Manifest,
     matching: Matching,
     call: Mapping[str, Any],
+    *,
     rank: int,
     ranks: int,
-    mismatched: dict[str, str],
-) -> None:
-    """Compare what is wanted and saved as plain values and as per-rank values."""
+) -> dict[str, str]:
+    """Compare what is wanted and saved as plain values and as per-rank values.
+
+    Returns:
+        Wanted name → what differs.
+    """
+    mismatched: dict[str, str] = {}
     for name in call["values"]:
         saved = matching.pairs.get(name)
         if saved is not None and saved not in manifest.values:
@@ -181,11 +201,13 @@ def _compare_kinds(
             mismatched[name] = f"wants a per-rank value, saved is {_kind(manifest, saved)}"
         elif manifest.ranks != ranks and not call["resolves"]:
             mismatched[name] = (
-                f"a per-rank value saved by {manifest.ranks} ranks is wanted on {ranks}; pass per_rank= (a callable: "
-                "list of the saved values, rank, size → this rank's value), or leave it out of the net"
+                f"a per-rank value saved by {manifest.ranks} ranks is wanted on {ranks}; pass "
+                "per_rank= (a callable: list of the saved values, rank, size → this rank's value), "
+                "or leave it out of the net"
             )
         elif manifest.ranks == ranks and not manifest.per_rank[saved][rank]:
             mismatched[name] = f"rank {rank} saved no value under {saved!r}"
+    return mismatched
 
 
 def _kind(manifest: Manifest, saved: str) -> str:
@@ -215,7 +237,12 @@ def _wants(
     calls: Sequence[Mapping[str, Any]],
     keeps: Sequence[np.ndarray],
 ) -> tuple[Pieces, np.ndarray, list[list[tuple[str, int]]], Wants]:
-    """Put all ranks' wants into one table; per-rank values are bytes, read like one more tensor each."""
+    """Put all ranks' wants into one table; a per-rank value is read like one more tensor of bytes.
+
+    Returns:
+        What is stored, with an entry for each such value; the item sizes; each rank's per-rank
+        values (name, length); and the wants.
+    """
     width = max([manifest.pieces.start.shape[1]] + [held.shape.shape[1] for held in helds])
     rank_, key, tensor, start, stop = [], [], [], [], []
     blobs: list[list[tuple[str, int]]] = []
@@ -267,14 +294,3 @@ def _wants(
     return pieces, np.concatenate([manifest.itemsize, np.ones(count, np.int64)]), blobs, wants
 
 
-def _read(
-    pieces: Pieces,
-    itemsize: np.ndarray,
-    wants: Wants,
-    which: np.ndarray,
-    manifest: Manifest,
-    ranks: int,
-) -> Fragments:
-    rows = np.flatnonzero(which)
-    some = Wants(*(getattr(wants, name)[rows] for name in Wants.__dataclass_fields__))
-    return plan_read(pieces, itemsize, some, block_bytes=manifest.block_bytes, ranks=ranks)

@@ -24,10 +24,7 @@ from distckpt.errors import (
 from distckpt.load_plan import LoadOptions, plan_load
 from distckpt.manifest import Manifest
 from distckpt.net import Destination, Wanted, collect
-from distckpt.plan import (
-    describe,
-    holdings_to_plain,
-)
+from distckpt.plan import describe, holdings_to_plain
 from distckpt.reader import (
     BlockReader,
     StoredFile,
@@ -70,8 +67,10 @@ class LoadReport:
 
     def __str__(self) -> str:
         lines = [
-            f"loaded {len(self.loaded)} of {len(self.loaded) + len(self.missing)} names: "
-            f"{self.bytes_read / 1e6:.1f} MB read in {self.seconds:.2f} s"
+            (
+                f"loaded {len(self.loaded)} of {len(self.loaded) + len(self.missing)} names: "
+                f"{self.bytes_read / 1e6:.1f} MB read in {self.seconds:.2f} s"
+            )
         ]
         if self.by_suffix:
             pairs = [f"{wanted} ← {self.loaded[wanted]}" for wanted in self.by_suffix]
@@ -96,10 +95,8 @@ class _Part:
     """What the coordinator tells one rank."""
 
     keep: np.ndarray  # (targets,) the stored dtype's code, or 0 for what is not loaded
-    first: (
-        Work  # what must be looked at before the net may change: per-rank values, narrowing casts
-    )
-    second: Work
+    first: Work  # what is looked at before the net may change: per-rank values, narrowing casts
+    second: Work  # all tensors
     files: dict[int, StoredFile]
     block_bytes: int
     values: dict[str, Any]
@@ -128,6 +125,9 @@ def load_into(
         net: This rank's net.
         options: The rest; what is callable counts as the coordinator gives it, but for `per_rank`.
 
+    Returns:
+        What was loaded, the same on every rank but for the seconds.
+
     Raises:
         CheckpointError: The same on every rank.
     """
@@ -143,9 +143,21 @@ def load_into(
         failure = exc
     where = store.url if store is not None else str(url)
     try:
-        part = team.drive(_agree(operation, store, where, manifest, wanted, options, failure))
-        assert store is not None
-        report = team.drive(_execute(operation, store, wanted, part, options, started))
+        call = {
+            "call": f"load_into from {where!r} (strict={options.strict}, cast={options.cast}, "
+            f"verify={options.verify})",
+            "error": None if failure is None else to_plain(failure),
+            **_describe(wanted, options),
+        }
+
+        def decide(calls: list[Any]) -> list[Any]:
+            return _decide(store, where, manifest, calls, options)
+
+        answer = team.drive(operation.agree(call, decide, f"join the load from {where}"))
+        opened, part = _opened(store, where), _part(answer)
+        report = team.drive(
+            _execute(operation, opened, wanted, part, options=options, started=started)
+        )
     except Late as late:
         raise LoadFailed(
             f"{where}: {late}", failures=dict.fromkeys(late.ranks, str(late))
@@ -159,41 +171,47 @@ def load_into(
     return report
 
 
-def _agree(
-    operation: Operation,
-    store: Store | None,
-    where: str,
-    manifest: Callable[[Store], Manifest],
-    wanted: Wanted,
-    options: LoadOptions,
-    failure: BaseException | None,
-) -> Waiting[_Part]:
+def _describe(wanted: Wanted, options: LoadOptions) -> dict[str, object]:
+    """Say what this rank wants, plainly."""
     held = describe([destination.tensor for destination in wanted.destinations])
-
-    def decide(calls: list[Any]) -> list[Any]:
-        raise_together(
-            {rank: found["error"] for rank, found in enumerate(calls) if found["error"]},
-            where,
-            LoadFailed,
-            "load",
-            own_kind=True,
-        )
-        assert store is not None
-        found = manifest(store)
-        try:
-            return plan_load(found, calls, options)
-        except MatchError as exc:
-            raise from_plain({**to_plain(exc), "message": f"{where}: {exc}"}) from exc
-
-    call = {
-        "call": f"load_into from {where!r} (strict={options.strict}, cast={options.cast}, verify={options.verify})",
-        "error": None if failure is None else to_plain(failure),
+    return {
         "tensors": holdings_to_plain(held),
         "values": list(wanted.values),
         "per_rank": list(wanted.per_rank),
         "resolves": options.per_rank is not None,
     }
-    answer = yield from operation.agree(call, decide, f"join the load from {where}")
+
+
+def _decide(
+    store: Store | None,
+    where: str,
+    manifest: Callable[[Store], Manifest],
+    calls: list[Any],
+    options: LoadOptions,
+) -> list[dict[str, Any]]:
+    """At the coordinator: plan the load, if every rank is ready."""
+    raise_together(
+        {rank: found["error"] for rank, found in enumerate(calls) if found["error"]},
+        where,
+        LoadFailed,
+        "load",
+        own_kind=True,
+    )
+    found = manifest(_opened(store, where))
+    try:
+        return plan_load(found, calls, options)
+    except MatchError as exc:
+        raise from_plain({**to_plain(exc), "message": f"{where}: {exc}"}) from exc
+
+
+def _opened(store: Store | None, where: str) -> Store:
+    """Return the store; where it could not be opened, the ranks have not come this far."""
+    if store is None:
+        raise CheckpointError(f"{where}: this storage is not open")
+    return store
+
+
+def _part(answer: Mapping[str, Any]) -> _Part:
     return _Part(
         answer["keep"],
         Work(fragments_from_plain(answer["first"]), answer["block_bytes"]),
@@ -213,6 +231,7 @@ def _execute(
     store: Store,
     wanted: Wanted,
     part: _Part,
+    *,
     options: LoadOptions,
     started: float,
 ) -> Waiting[LoadReport]:
@@ -336,7 +355,8 @@ def _refuse_loss(lost: Mapping[str, int], destinations: Sequence[Destination]) -
             for name, count in lost.items()
         ]
         raise MatchError(
-            "the conversion would lose values (they would become infinite, or wrap around); nothing was loaded:\n  "
+            "the conversion would lose values (they would become infinite, or wrap around); "
+            "nothing was loaded:\n  "
             + "\n  ".join(lines)
             + "\nUse a net of a wider dtype, or leave these names out.",
             mismatched={

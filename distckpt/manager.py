@@ -138,6 +138,18 @@ class Manager:
 
         A checkpoint of the same step that is there already, as after resuming from an older one, is
         replaced.
+
+        Args:
+            step: As in `step`, and so are the other arguments.
+            state: As in `step`.
+            metrics: As in `step`.
+            metadata: As in `step`.
+
+        Returns:
+            The save in flight.
+
+        Raises:
+            CheckpointError: As in `step`.
         """
         self.wait()
         options = Options(
@@ -167,7 +179,11 @@ class Manager:
             pending.wait()
 
     def steps(self) -> list[int]:
-        """List the steps of the committed checkpoints, ascending. Not collective; reads the store."""
+        """List the steps of the committed checkpoints, ascending. Not collective.
+
+        Raises:
+            StoreError: The store can't be listed.
+        """
         found = []
         for name in self._store.names():
             match = _STEP.fullmatch(name)
@@ -186,7 +202,11 @@ class Manager:
         return True
 
     def latest(self) -> int | None:
-        """Return the newest committed step, or None. Not collective; reads the store."""
+        """Return the newest committed step, or None. Not collective.
+
+        Raises:
+            StoreError: As in `steps`.
+        """
         steps = self.steps()
         return steps[-1] if steps else None
 
@@ -239,7 +259,8 @@ class Manager:
         if step is None:
             if default is None:
                 raise CheckpointNotFound(
-                    f"{self._store.url}: no committed checkpoint to resume from; pass default= to start anew"
+                    f"{self._store.url}: no committed checkpoint to resume from; pass default= to "
+                    "start anew"
                 )
             return default
         options = LoadOptions(
@@ -270,13 +291,14 @@ class Manager:
         call = {"call": f"load_latest_into from {self._store.url!r}", "error": None}
         operation = self._team.operation(self._timeout_s)
         try:
-            return self._team.drive(  # type: ignore[no-any-return]
+            step: int | None = self._team.drive(
                 operation.agree(call, decide, f"resume from {self._store.url}")
             )
         except Late as late:
             raise LoadFailed(
                 f"{self._store.url}: {late}", failures=dict.fromkeys(late.ranks, str(late))
             ) from late
+        return step
 
     def _prune(self, newest: int) -> None:
         """At the coordinator, after a commit: delete what the policy does not keep."""

@@ -13,6 +13,7 @@ from distckpt.layout import Layout
 
 MANIFEST_NAME = "manifest.binpb"
 BLOCK_BYTES = 4 << 20
+DATA_ALIGNMENT = 4096
 TABLE_DIGEST_BYTES = 16
 
 
@@ -22,7 +23,7 @@ def shard_name(index: int, count: int, save_id: int) -> str:
 
 
 def pad_columns(columns: np.ndarray, width: int, fill: int) -> np.ndarray:
-    """Widen (n, ndim) columns to *width* dimensions by leading ones, which change no C-order position."""
+    """Widen (n, ndim) columns to *width* dimensions by leading ones; C order stays the same."""
     missing = width - columns.shape[1]
     if not missing:
         return columns
@@ -131,7 +132,7 @@ class Manifest:
         sizes = np.zeros(256, np.int64)
         for code, entry in dtypes.BY_CODE.items():
             sizes[code] = entry.itemsize
-        return sizes[self.dtype]
+        return sizes.take(self.dtype)
 
     @cached_property
     def tensor_bytes(self) -> int:
@@ -140,7 +141,7 @@ class Manifest:
 
     @cached_property
     def pieces(self) -> Pieces:
-        """Every stored box with its place, computed from the layouts alone (invariant I4 holds by construction)."""
+        """Every stored box with its place, from the layouts alone: so invariant I4 always holds."""
         width = max((len(layout.shape) for layout in self.layouts), default=1) or 1
         used = [self.layouts[index] for index in self.layout.tolist()]
         count = np.array([len(layout) for layout in used], np.int64)
@@ -169,7 +170,7 @@ class Manifest:
     @cached_property
     def file_table_start(self) -> np.ndarray:
         """(files,) where each checksum table begins: after the tensors and the per-rank blobs."""
-        total = self.file_data_start + self.file_data_bytes
+        total: np.ndarray = self.file_data_start + self.file_data_bytes
         for lengths in self.per_rank.values():
             np.add.at(total, self.per_rank_file[lengths > 0], lengths[lengths > 0])
         return total

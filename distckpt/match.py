@@ -56,6 +56,9 @@ def match(
         select: A predicate: only saved names that it accepts are kept.
         rename: Saved name → name to match under, as a mapping (names not in it stay) or a callable.
 
+    Returns:
+        The pairs, and what is left over on both sides.
+
     Raises:
         MatchError: Ambiguous names, all those of the smallest distance that has any; with `strict`,
             wanted names that are missing; a filter that leaves nothing; two saved names renamed to
@@ -63,9 +66,9 @@ def match(
         ValueError: An empty prefix.
 
     Examples:
-        >>> match(["conv.weight", "opt.step"], ["net.conv.weight"])
-        Matching(pairs={'net.conv.weight': 'conv.weight'}, missing=[], unexpected=['opt.step'],
-        by_suffix=['net.conv.weight'])
+        >>> found = match(["conv.weight", "opt.step"], ["net.conv.weight"])
+        >>> found.pairs, found.unexpected
+        ({'net.conv.weight': 'conv.weight'}, ['opt.step'])
     """
     wanted = list(dict.fromkeys(wanted))
     original = _renamed(
@@ -88,10 +91,12 @@ def match(
     unexpected = [original[name] for name in free_saved]
     if strict and free_wanted:
         raise MatchError(
-            f"{len(free_wanted)} of the {len(wanted)} wanted names are not in the checkpoint (strict=True):\n"
+            f"{len(free_wanted)} of the {len(wanted)} wanted names are not in the checkpoint "
+            "(strict=True):\n"
             f"  missing: {_listed(free_wanted)}\n"
             f"  saved and unused: {_listed(unexpected)}\n"
-            "Use strict=False to match suffixes, rename= to map names, or only_prefix= to load a part.",
+            "Use strict=False to match suffixes, rename= to map names, or only_prefix= to load a "
+            "part.",
             missing=free_wanted,
             unexpected=unexpected,
         )
@@ -129,7 +134,8 @@ def filter_names(
     if saved and not names:
         raise MatchError(
             f"none of the {len(saved)} saved names is left after filter_prefix={filter_prefix!r}, "
-            f"only_prefix={only_prefix!r}{', select=…' if select else ''}; they are: {_listed(saved)}",
+            f"only_prefix={only_prefix!r}{', select=…' if select else ''}; they are: "
+            f"{_listed(saved)}",
             unexpected=saved,
         )
     return names
@@ -203,13 +209,7 @@ def _ambiguity(
     lines = []
     for name, candidates in ambiguous.items():
         if len(of_wanted.get(name, ())) > 1:
-            others = candidates[1:]
-            prefixes = sorted(
-                {
-                    other[: len(other) - len(os.path.commonprefix([other[::-1], name[::-1]]))]
-                    for other in others
-                }
-            )
+            prefixes = sorted({_before_common_end(other, name) for other in candidates[1:]})
             advice = (
                 f"leave the others out with filter_prefix={prefixes!r}"
                 if all(prefixes) and not any(candidates[0].startswith(p) for p in prefixes)
@@ -217,12 +217,18 @@ def _ambiguity(
             )
             lines.append(f"wanted {name!r} could be saved {_listed(candidates)}; {advice}")
         if len(of_saved.get(name, ())) > 1:
-            candidates = of_saved[name]
+            takers = of_saved[name]
             lines.append(
-                f"saved {name!r} could go into {_listed(candidates)}; "
-                f"say which with rename={{{name!r}: {candidates[0]!r}}}"
+                f"saved {name!r} could go into {_listed(takers)}; "
+                f"say which with rename={{{name!r}: {takers[0]!r}}}"
             )
     return "names match in more than one way by suffix:\n  " + "\n  ".join(lines)
+
+
+def _before_common_end(name: str, other: str) -> str:
+    """Return what stands before the characters that two names end with."""
+    common = os.path.commonprefix([name[::-1], other[::-1]])  # noqa: RUF071  of characters is meant
+    return name[: len(name) - len(common)]
 
 
 def _listed(names: Sequence[str], limit: int = 20) -> str:

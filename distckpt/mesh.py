@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
+
+import numpy as np
 
 from distckpt.errors import LayoutError
 from distckpt.layout import BALANCED, CEILING, cut_points
 from distckpt.region import Region
 from distckpt.state import Shard
-
-if TYPE_CHECKING:
-    import numpy as np
 
 Axes = str | tuple[str, ...] | None
 _RULES = {"balanced": BALANCED, "chunk": CEILING}
@@ -34,6 +33,12 @@ class Mesh:
         comm: A communicator (anything with `rank` and `size`) that says which rank this is.
         rank: Which rank this is, instead of `comm`. Without either, rank 0 of a mesh of one.
         **axes: Name → size. Their product is the number of ranks.
+
+    Attributes:
+        axes: Name → size.
+        size: Number of ranks.
+        rank: This rank.
+        coordinates: Name → this rank's index along the axis.
 
     Raises:
         LayoutError: The product is not the communicator's size, or the rank is outside.
@@ -61,14 +66,15 @@ class Mesh:
         if comm is not None:
             if comm.size != self.size:
                 raise LayoutError(
-                    f"the mesh {self._text()} has {self.size} ranks, the communicator has {comm.size}; "
-                    "the product of the axes must be the number of ranks"
+                    f"the mesh {self._text()} has {self.size} ranks, the communicator has "
+                    f"{comm.size}; the product of the axes must be the number of ranks"
                 )
             rank = comm.rank if rank is None else rank
         elif rank is None:
             if self.size > 1:
                 raise LayoutError(
-                    f"the mesh {self._text()} has {self.size} ranks: say which one this is with comm= or rank="
+                    f"the mesh {self._text()} has {self.size} ranks: say which one this is with "
+                    "comm= or rank="
                 )
             rank = 0
         if not 0 <= rank < self.size:
@@ -98,6 +104,9 @@ class Mesh:
             uneven: ``"balanced"`` cuts as `numpy.array_split` (34/33/33), ``"chunk"`` as
                 `torch.chunk` (34/34/32). A rank may get no rows.
 
+        Returns:
+            The box, in elements of the whole tensor.
+
         Raises:
             LayoutError: An unknown or repeated axis, too many entries, or an unknown rule.
         """
@@ -105,8 +114,8 @@ class Mesh:
             raise LayoutError(f"uneven={uneven!r}: expected one of {', '.join(map(repr, _RULES))}")
         if len(spec) > len(global_shape):
             raise LayoutError(
-                f"the spec {tuple(spec)} has {len(spec)} entries for the {len(global_shape)} dimensions "
-                f"of {tuple(global_shape)}"
+                f"the spec {tuple(spec)} has {len(spec)} entries for the {len(global_shape)} "
+                f"dimensions of {tuple(global_shape)}"
             )
         start, stop, used = [], [], set[str]()
         for dim, extent in enumerate(global_shape):
@@ -140,6 +149,9 @@ class Mesh:
             spec: As in `region`.
             global_shape: As in `region`.
             uneven: As in `region`.
+
+        Returns:
+            A leaf for a state.
 
         Raises:
             LayoutError: `local` does not have the region's shape.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import EllipsisType
 
 import numpy as np
 
@@ -30,7 +31,9 @@ class Target:
         array = self.destination.memory()
         if self.destination.is_run:
             array = array[self.first : self.first + self.region.size].reshape(self.region.shape)
-        where = (*region.relative_to(self.region.start).slices, ...)
+        slices = region.relative_to(self.region.start).slices
+        # The Ellipsis makes it a view where there is no dimension, too.
+        where: tuple[slice | EllipsisType, ...] = (*slices, ...)
         np.copyto(array[where], values, casting="unsafe")
         self.destination.arrived(region.size)
 
@@ -42,6 +45,10 @@ class Destination:
     Writable numpy arrays (and torch tensors on the CPU, which share their memory with numpy) are
     filled where they are. In place of anything else a new array is made when the first byte
     arrives, and handed over with the last one, so that no more than a few of them exist at a time.
+
+    Attributes:
+        tensor: The leaf of the net.
+        targets: The boxes that it is made of.
     """
 
     tensor: TensorLeaf
@@ -94,7 +101,7 @@ class Destination:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a net wants, by kind."""
+    """What a net wants, by kind: tensors, and by name plain values and per-rank values."""
 
     destinations: list[Destination]
     values: dict[str, Leaf]
@@ -129,8 +136,9 @@ def collect(net: object) -> Wanted:
     ]
     if fixed:
         raise MatchError(
-            f"{len(fixed)} leaves of the net can't be replaced, because they lie in a tuple or a frozen dataclass, or "
-            f"are read-only: {', '.join(map(repr, fixed))}. Put them into a dict or a list",
+            f"{len(fixed)} leaves of the net can't be replaced, because they lie in a tuple or a "
+            f"frozen dataclass, or are read-only: {', '.join(map(repr, fixed))}. Put them into a "
+            "dict or a list",
             mismatched=dict.fromkeys(fixed, "immutable"),
         )
     return Wanted(destinations, flat.values, flat.per_rank)

@@ -6,13 +6,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from distckpt.arena import Arena
 from distckpt.checkpoint import Checkpoint, StorageOptions, Url
 from distckpt.commit import commit, write
-from distckpt.errors import (
-    text,
-)
+from distckpt.errors import text
 from distckpt.prepare import Options, Save, prepare
 from distckpt.team import COORDINATOR, Team
 from distckpt.waiting import Waiting, drive, in_thread
@@ -29,18 +28,35 @@ def start_save(
     storage_options: StorageOptions = None,
     on_committed: Callable[[Checkpoint], None] | None = None,
 ) -> PendingCheckpoint:
-    """Collective. `save_async` for a team, with a call at the coordinator after the commit."""
+    """Collective. Start a save; see `distckpt.save_async`.
+
+    Args:
+        team: The ranks.
+        url: Where to.
+        state: This rank's state.
+        options: The rest.
+        storage_options: For fsspec.
+        on_committed: Called at the coordinator after the commit, in the background; what it raises
+            is logged.
+
+    Returns:
+        The save in flight.
+
+    Raises:
+        CheckpointError: As in `prepare`.
+    """
     arena: Arena = team.memory.setdefault("arena", Arena())
     found = prepare(team, url, state, options, storage_options=storage_options, arena=arena)
     return PendingCheckpoint(team, found, arena, on_committed)
 
 
 class PendingCheckpoint:
-    """A save in flight.
+    """A save in flight, made by `distckpt.save_async` and `Manager.save`.
 
     It is written by a thread of its own. The commit is driven by that thread, too; where MPI was
     initialised without MPI_THREAD_MULTIPLE, it is driven by the main thread instead, in `done`,
-    `wait`, every collective call of distckpt, and at exit.
+    `wait`, every collective call of distckpt, and at exit. A failure that nobody waits for is
+    logged.
     """
 
     def __init__(
@@ -80,7 +96,10 @@ class PendingCheckpoint:
         return self._save.store.url
 
     def wait_staged(self) -> None:
-        """Return when the arrays may change again: at once, since they were copied before this object was made."""
+        """Wait until the arrays may change again. Not collective.
+
+        Returns at once: they were copied before this object was made.
+        """
 
     def done(self) -> bool:
         """Whether it has ended, well or not. Never blocks; not collective."""
@@ -111,17 +130,15 @@ class PendingCheckpoint:
                 self._team.advance()
                 time.sleep(pause_s)
                 pause_s = min(1.6 * pause_s, 2e-3)
-        if not self._ended.is_set():
-            raise TimeoutError(
-                f"{self.url}: not committed within {timeout_s:.3g} s; the save goes on"
-            )
-        if self._error is not None:
-            raise self._error
-        assert self._result is not None
-        return self._result
+        if self._ended.is_set():
+            if self._error is not None:
+                raise self._error
+            if self._result is not None:
+                return self._result
+        raise TimeoutError(f"{self.url}: not committed within {timeout_s:.3g} s; the save goes on")
 
     def close(self) -> None:
-        """Wait until it has ended, and also what was to be done after the commit; raises nothing."""
+        """Wait until all is done, also what follows the commit. Raises nothing; not collective."""
         if self._team.coordinator.concurrent:
             self._closed.wait()
         while not self._advance():
@@ -151,20 +168,15 @@ class PendingCheckpoint:
         try:
             manifest = yield from commit(self._save)
             self._result = Checkpoint(self._save.store, manifest, self._save.save_id)
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: BLE001  whoever waits raises it
             self._error = exc
             # Not every caller waits; a failure must not go unnoticed.
             logger.error("%s: the save failed: %s", self.url, text(exc))  # noqa: TRY400
         self._ended.set()
-        if (
-            self._error is None
-            and self._team.rank == COORDINATOR
-            and self._on_committed is not None
-        ):
-            checkpoint, action = self._result, self._on_committed
-            assert checkpoint is not None
+        committed, action = self._result, self._on_committed
+        if committed is not None and action is not None and self._team.rank == COORDINATOR:
             try:
-                yield from in_thread(lambda: action(checkpoint))
+                yield from in_thread(partial(action, committed))
             except Exception:
                 logger.exception(
                     "%s: committed; what was to be done after the commit failed", self.url

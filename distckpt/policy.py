@@ -8,14 +8,14 @@ from typing import Protocol
 
 
 class SavePolicy(Protocol):
-    """Decides when to save."""
+    """Decides when to save: `EverySteps`, or anything with this method."""
 
     def due(self, step: int) -> bool:
         """Whether to save at this step. Depends on nothing that differs by rank."""
 
 
 class KeepPolicy(Protocol):
-    """Decides what to keep."""
+    """Decides what to keep: `KeepLast`, or anything with this method."""
 
     def kept(self, steps: Sequence[int]) -> set[int]:
         """Return which of the committed steps (ascending) to keep."""
@@ -25,8 +25,15 @@ class KeepPolicy(Protocol):
 class EverySteps:
     """Save at every multiple of a number of steps.
 
+    Attributes:
+        steps: The number.
+
     Raises:
         ValueError: Less than one step.
+
+    Examples:
+        >>> [step for step in range(7) if EverySteps(3).due(step)]
+        [0, 3, 6]
     """
 
     steps: int
@@ -44,8 +51,15 @@ class EverySteps:
 class KeepLast:
     """Keep the newest checkpoints.
 
+    Attributes:
+        count: How many.
+
     Raises:
         ValueError: Fewer than one: the newest checkpoint is never deleted.
+
+    Examples:
+        >>> sorted(KeepLast(2).kept([100, 200, 300]))
+        [200, 300]
     """
 
     count: int

@@ -21,11 +21,13 @@ from distckpt.plan import Fragments, narrow
 from distckpt.region import Region, boxes_of_run
 from distckpt.shardfile import checksum, table_digest
 from distckpt.store import Store, read_object
-from distckpt.team import Operation
+from distckpt.team import Late, Operation
 from distckpt.waiting import Waiting
 
 # A consumer may be so many rounds behind its reader before the reader waits.
 _ROUNDS_AHEAD = 2
+# Types that move elements of a size without looking at them.
+_BITS = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8"), 16: np.dtype("c16")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +186,7 @@ class Work:
         self.key = fragments.key.tolist()
         self.file = fragments.file.tolist()
         self.block = fragments.block.tolist()
+        self.itemsize = fragments.itemsize.tolist()
         self._fragments = fragments
 
     def __len__(self) -> int:
@@ -192,7 +195,7 @@ class Work:
     def copies(self, row: int) -> Iterator[Copy]:
         """Cut a row into views: a block holds a run of the piece, which is a few boxes."""
         table = self._fragments
-        item, offset = int(table.itemsize[row]), int(table.offset_bytes[row])
+        item, offset = self.itemsize[row], int(table.offset_bytes[row])
         origin = table.piece_start[row].tolist()
         extent = (table.piece_stop[row] - table.piece_start[row]).tolist()
         wanted = Region(tuple(table.start[row].tolist()), tuple(table.stop[row].tolist()))
@@ -252,6 +255,20 @@ def exchange(
         None, or the first failure of this rank, or that another rank reported. Never raises one:
         the others wait.
     """
+    try:
+        return (yield from _exchange(operation, step, work, blocks, dtype_of, put))
+    except Late as late:
+        return late
+
+
+def _exchange(
+    operation: Operation,
+    step: int,
+    work: Work,
+    blocks: BlockReader,
+    dtype_of: Callable[[int], np.dtype],
+    put: Put,
+) -> Waiting[CheckpointError | None]:
     rank = operation.rank
     failure: CheckpointError | None = None
     ahead: dict[int, int] = {}  # consumer → messages that it has not acknowledged
@@ -262,41 +279,37 @@ def exchange(
             end += 1
         rows = range(row, end)
         row = end
-        outgoing: dict[int, list[np.ndarray]] = {}
+        mine = [index for index in rows if work.reader[index] == rank]
+        copies = {index: list(work.copies(index)) for index in mine}
+        outgoing = _buffers(work, mine, copies, rank)
+        filled = dict.fromkeys(outgoing, 0)
         current, data = (-1, -1), np.empty(0, np.uint8)
-        for index in rows:
-            if work.reader[index] != rank:
-                continue
-            consumer = work.consumer[index]
-            if consumer != rank:
-                outgoing.setdefault(consumer, [])
+        for index in mine:
             if failure is not None:
-                continue
+                break
+            consumer = work.consumer[index]
             try:
                 if current != (work.file[index], work.block[index]):
                     current = (work.file[index], work.block[index])
                     data = blocks.read(*current)
-                for copy in work.copies(index):
+                for copy in copies[index]:
                     if consumer == rank:
                         put(work.key[index], copy.region, copy.of(data, dtype_of(work.key[index])))
                     else:
-                        item = np.dtype(f"V{int(work._fragments.itemsize[index])}")  # noqa: SLF001
-                        outgoing[consumer].append(_flat(copy.of(data, item)))
+                        values = copy.of(data, _BITS[work.itemsize[index]])
+                        at = filled[consumer]
+                        filled[consumer] += values.nbytes
+                        target = outgoing[consumer][at : filled[consumer]].view(values.dtype)
+                        np.copyto(target.reshape(values.shape), values)
             except Exception as exc:  # noqa: BLE001  the others wait for this rank's messages
                 failure = exc if isinstance(exc, CheckpointError) else CheckpointError(text(exc))
-        for consumer, parts in outgoing.items():
+        for consumer, content in outgoing.items():
             while ahead.get(consumer, 0) >= _ROUNDS_AHEAD:
                 yield from operation.receive(consumer, step + 1, "take what was read for it")
                 ahead[consumer] -= 1
             ahead[consumer] = ahead.get(consumer, 0) + 1
-            operation.send(
-                consumer,
-                step,
-                {
-                    "error": None if failure is None else text(failure),
-                    "data": np.concatenate(parts) if parts else np.empty(0, np.uint8),
-                },
-            )
+            error = None if failure is None else text(failure)
+            operation.send(consumer, step, {"error": error, "data": content})
         senders = dict.fromkeys(
             work.reader[index]
             for index in rows
@@ -344,8 +357,17 @@ def _take(
             at += size
 
 
-def _flat(values: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+def _buffers(
+    work: Work, rows: list[int], copies: Mapping[int, list[Copy]], rank: int
+) -> dict[int, np.ndarray]:
+    """Make a buffer for each other rank that wants some of these rows, of the size that it gets."""
+    sizes: dict[int, int] = {}
+    for index in rows:
+        if work.consumer[index] != rank:
+            elements = sum(copy.region.size for copy in copies[index])
+            size = sizes.get(work.consumer[index], 0)
+            sizes[work.consumer[index]] = size + elements * work.itemsize[index]
+    return {consumer: np.empty(size, np.uint8) for consumer, size in sizes.items()}
 
 
 def stored_dtype(code: int) -> np.dtype:

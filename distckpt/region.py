@@ -16,6 +16,13 @@ import numpy as np
 class Region:
     """A half-open box in a tensor's global index space. A scalar's region is ``Region((), ())``.
 
+    Attributes:
+        start: Index of the first element, one int a dimension.
+        stop: One past the last, in each dimension. A box may be empty.
+
+    Raises:
+        ValueError: Start and stop that make no box.
+
     Examples:
         >>> Region((0, 2), (4, 6)) & Region((2, 0), (8, 3))
         Region(start=(2, 2), stop=(4, 3))
@@ -87,8 +94,7 @@ def boxes_of_runs(
         The index of each box's run, and the boxes' start and stop, in order of run and element.
     """
     count, ndim = shape.shape
-    # unit[d]: elements in one step of dimension d-1, that is, in a whole sub-tensor of dimensions
-    # d, d+1, …
+    # unit[d]: elements in a whole sub-tensor of the dimensions d, d+1, …
     unit = np.ones((ndim + 1, count), np.int64)
     for dim in range(ndim - 1, -1, -1):
         unit[dim] = unit[dim + 1] * shape[:, dim]
@@ -97,7 +103,7 @@ def boxes_of_runs(
     run_of, starts, stops, first = [], [], [], []
 
     def add(where: np.ndarray, level: int, begin: np.ndarray, end: np.ndarray) -> None:
-        """Add the boxes of whole sub-tensors of *level*, all within one sub-tensor of the level above."""
+        """Add the boxes of whole sub-tensors of *level*, all within one of the level above."""
         index = np.flatnonzero(where & (begin < end))
         if not index.size:
             return

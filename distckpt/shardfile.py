@@ -1,4 +1,4 @@
-"""One rank's shard file: a valid safetensors file whose every block has a checksum. CRC32C's only door.
+"""One rank's shard file: safetensors, with a checksum for every block. CRC32C's only door.
 
 A `ShardImage` is the file as it will be, without being anywhere yet: any byte range of it can be
 produced into a buffer, straight from the arrays. Whoever writes asks for block after block, and
@@ -14,47 +14,58 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from crc32c import crc32c
+from fastcrc.crc32 import iscsi as crc32c
 
 from distckpt import dtypes
 from distckpt.errors import LayoutError
-from distckpt.manifest import TABLE_DIGEST_BYTES, table_bytes
+from distckpt.manifest import DATA_ALIGNMENT, TABLE_DIGEST_BYTES, table_bytes
 from distckpt.region import Region, boxes_of_run
 
-DATA_ALIGNMENT = 4096
 TABLE_KEY = "__crc32c__"
 METADATA_KEY = "__metadata__"
 RESERVED_KEYS = frozenset({TABLE_KEY, METADATA_KEY})
 
 
-def checksum(data: memoryview | bytes | np.ndarray) -> int:
+def checksum(data: memoryview | bytes) -> int:
     """CRC32C of a contiguous buffer."""
-    return int(crc32c(data))
+    return crc32c(data)
 
 
 def checksum_run(array: np.ndarray, dtype: dtypes.Dtype, first: int, count: int) -> int:
-    """CRC32C of a run of an array's elements, in C order and little-endian, whatever its strides and byte order."""
+    """CRC32C of a run of an array's elements as they lie in a file: C order, little-endian.
+
+    Args:
+        array: Has any strides and byte order.
+        dtype: Its type, in the file's byte order.
+        first: First element in the array's C order.
+        count: Elements.
+    """
     value = 0
     step = (1 << 20) // dtype.itemsize
     whole = _bytes_of(array, dtype)
     if whole is not None:
-        return int(crc32c(whole[first * dtype.itemsize : (first + count) * dtype.itemsize]))
+        return checksum(whole[first * dtype.itemsize : (first + count) * dtype.itemsize].data)
     buffer = np.empty(step * dtype.itemsize, np.uint8)
     for begin in range(first, first + count, step):
         size = min(step, first + count - begin)
         out = buffer[: size * dtype.itemsize]
         copy_run(array, dtype, begin, size, out)
-        value = int(crc32c(out, value))
+        value = crc32c(out.data, value)
     return value
 
 
-def table_digest(table: bytes | memoryview) -> bytes:
+def table_digest(table: bytes | bytearray) -> bytes:
     """Digest of a checksum table, as the manifest keeps it."""
     return hashlib.sha256(table).digest()[:TABLE_DIGEST_BYTES]
 
 
 def piece_key(name: str, shape: Sequence[int], region: Region) -> str:
-    """Key of a piece in the safetensors header: the name, with the box behind it unless it is the whole."""
+    """Key of a piece in the safetensors header: the name, and the box unless it is the whole.
+
+    Examples:
+        >>> piece_key("w", (4, 6), Region((0, 2), (4, 6)))
+        'w@0:4,2:6'
+    """
     if region.shape == tuple(shape):
         return name
     box = ",".join(f"{a}:{b}" for a, b in zip(region.start, region.stop, strict=True))
@@ -165,8 +176,7 @@ class ShardImage:
                     origin = piece.first * item - begin
                     out[:] = flat[origin + at : origin + end]
                 else:
-                    # Item sizes are powers of two and pieces are aligned, so no block cuts an
-                    # element.
+                    # No block cuts an element: item sizes are powers of two, pieces are aligned.
                     copy_run(
                         piece.array,
                         piece.dtype,
@@ -188,10 +198,10 @@ def _bytes_of(array: np.ndarray, dtype: dtypes.Dtype) -> np.ndarray | None:
 def copy_run(
     array: np.ndarray, dtype: dtypes.Dtype, first: int, count: int, out: np.ndarray
 ) -> None:
-    """Copy a run of an array's elements in C order, little-endian, whatever its strides and byte order.
+    """Copy a run of an array's elements as they lie in a file: C order, little-endian.
 
     Args:
-        array: The source.
+        array: The source, with any strides and byte order.
         dtype: Its type, in the file's byte order.
         first: First element in the array's C order.
         count: Elements.

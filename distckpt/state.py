@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -91,8 +92,8 @@ class FlatShard:
             )
         if self.start < 0 or self.start + shape[0] > math.prod(self.global_shape):
             raise LayoutError(
-                f"a FlatShard of elements {self.start}:{self.start + shape[0]} ends outside its tensor of "
-                f"shape {self.global_shape} ({math.prod(self.global_shape)} elements)"
+                f"a FlatShard of elements {self.start}:{self.start + shape[0]} ends outside its "
+                f"tensor of shape {self.global_shape} ({math.prod(self.global_shape)} elements)"
             )
 
     @property
@@ -103,7 +104,10 @@ class FlatShard:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PerRank:
-    """A value that differs by rank on purpose, such as a random generator's state; each rank's is kept.
+    """A value that differs by rank on purpose, such as a random generator's state.
+
+    Each rank's is kept. Loaded on as many ranks, each gets its own back; on another number of them
+    `per_rank=` decides.
 
     Attributes:
         value: An array, or nested dicts, lists and tuples of plain values and arrays.
@@ -114,7 +118,7 @@ class PerRank:
 
 @runtime_checkable
 class Net(Protocol):
-    """What an object must offer to be saved, and to be loaded into."""
+    """What an object must offer to be saved and loaded into, where it is no dict of arrays."""
 
     def tensors(self) -> Mapping[str, object]:
         """Name → array, Shard, FlatShard, PerRank or plain value."""
@@ -185,6 +189,9 @@ def flatten(state: object) -> FlatState:
     Raises:
         LayoutError: Everything that can't be stored, at once: unknown types and dtypes, two leaves
             of one name.
+
+    Returns:
+        The leaves by kind. Arrays share their memory with the state's.
     """
     flat = FlatState([], {}, {})
     problems: list[str] = []
@@ -226,7 +233,7 @@ def _name_problem(name: str) -> str | None:
 
 
 def _walk(node: object, prefix: str, above: tuple[int, ...], problems: list[str]) -> Iterator[Leaf]:
-    """Yield the leaves below *node*; `above` holds the identities of the containers that it lies in."""
+    """Yield the leaves below *node*; *above* has the identities of the containers around it."""
     if id(node) in above:
         problems.append(f"{prefix!r}: the state contains itself")
         return
@@ -252,12 +259,12 @@ def _is_container(value: object) -> bool:
 def _children(
     node: object,
 ) -> Iterator[tuple[str, object, Callable[[object], None] | None, bool]]:
-    """Yield (name, value, how to replace it, whether a Net assigns it) for what lies directly in *node*."""
+    """Yield (name, value, how to replace it, whether a Net assigns it), not going deeper."""
     if not _is_container(node):
         yield "", node, None, False
     elif isinstance(node, Net):
         for name, value in node.tensors().items():
-            yield name, value, lambda new, name=name: node.assign(name, new), True  # type: ignore[misc]
+            yield name, value, partial(node.assign, name), True
     elif isinstance(node, Mapping):
         writable = hasattr(node, "__setitem__")
         for key, value in node.items():

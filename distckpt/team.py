@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -41,6 +43,8 @@ _FLAT_BROADCAST = 64
 # How much longer than the coordinator the others wait, so that its answer, which names the late,
 # arrives first.
 _GRACE_S = 15.0
+# How long a rank whose program ends with an error goes on driving its commits.
+_PATIENCE_AFTER_ERROR_S = 3.0
 
 
 class Late(CheckpointError):
@@ -109,7 +113,10 @@ class Team:
 
     def _finish(self) -> None:
         """At exit: without this, the other ranks would wait for a commit that nobody drives."""
-        while self._unfinished:
+        # After an error in the program the other ranks' may be anywhere, and the job is to end.
+        failed = getattr(sys, "last_value", None) is not None
+        deadline = time.monotonic() + (_PATIENCE_AFTER_ERROR_S if failed else math.inf)
+        while self._unfinished and time.monotonic() < deadline:
             self.advance()
             time.sleep(1e-3)
 
@@ -239,7 +246,7 @@ class Operation:
 
     def send(self, dest: int, step: int, value: object) -> None:
         """Send one value to one rank."""
-        payload = self.number.to_bytes(8, "little") + codec.pack(value)
+        payload = codec.pack((self.number, value))
         self._coordinator.post(dest, self._first_tag + step, payload)
 
     def receive(self, source: int, step: int, what: str, *, grace_s: float = 0.0) -> Waiting[Any]:
@@ -264,8 +271,9 @@ class Operation:
                 return None
             origin, payload = found
             # Tags are reused: what is left of an operation that was given up is dropped.
-            if int.from_bytes(payload[:8], "little") == self.number:
-                return origin, codec.unpack(memoryview(payload)[8:])
+            number, value = codec.unpack(payload, copy=False)
+            if number == self.number:
+                return origin, value
 
 
 def _check_same_call(calls: list[Any]) -> None:
@@ -313,6 +321,11 @@ def connect(comm: object = None) -> Team:
         return Team(Solo())
     communicator = as_mpi(comm)
     if communicator is not None:
+        if not communicator:
+            raise CheckpointError(
+                "comm is MPI.COMM_NULL: this rank is not in that communicator, and takes no part in "
+                "its saves and loads"
+            )
         return _mpi_team(communicator)
     if isinstance(comm, Coordinator):
         team = getattr(comm, "_distckpt_team", None)
@@ -332,6 +345,7 @@ def _mpi_team(comm: MPI.Comm) -> Team:
     """
     team = kept(comm)
     if not isinstance(team, Team):
-        team = Team(duplicate(comm))
-        keep(comm, team)
+        coordinator = duplicate(comm)
+        team = Team(coordinator)
+        keep(comm, team, coordinator)
     return team

@@ -14,7 +14,11 @@ T = TypeVar("T")
 
 
 class MemoryStore:
-    """A Store in this process's memory; every operation is atomic."""
+    """A Store in this process's memory; every operation is atomic. Safe for several threads.
+
+    Attributes:
+        objects: What it holds: name → content.
+    """
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
@@ -122,7 +126,11 @@ class FaultyStore:
         return self._store.url
 
     def operate(self, kind: str, name: str) -> None:
-        """Count an operation, and fail if it is time to."""
+        """Count an operation, and fail if it is time to.
+
+        Raises:
+            StoreError: It is.
+        """
         with self._lock:
             number = len(self.operations)
             self.operations.append((kind, name))
@@ -249,7 +257,7 @@ def run_ranks(
             results[rank] = function(
                 ThreadCoordinator(rank, boxes, node=node, concurrent=concurrent)
             )
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: BLE001  raised below, in the caller's thread
             errors[rank] = exc
 
     threads = [

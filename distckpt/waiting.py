@@ -5,11 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, TypeVar
-
-if TYPE_CHECKING:
-    pass
-
+from typing import TypeVar
 
 T = TypeVar("T")
 Waiting = Generator[None, None, T]
@@ -25,7 +21,8 @@ def drive(protocol: Waiting[T], meanwhile: Callable[[], None] | None = None) -> 
         try:
             next(protocol)
         except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
+            result: T = end.value
+            return result
         if meanwhile is not None:
             meanwhile()
         time.sleep(pause_s)
@@ -33,14 +30,17 @@ def drive(protocol: Waiting[T], meanwhile: Callable[[], None] | None = None) -> 
 
 
 def in_thread(function: Callable[[], T]) -> Waiting[T]:
-    """Run a function in a thread of its own and wait for it without blocking: for I/O inside a protocol."""
+    """Run a function in a thread of its own, and wait for it without blocking.
+
+    For I/O inside a protocol. Raises what the function raises.
+    """
     done: list[T] = []
     failed: list[BaseException] = []
 
     def run() -> None:
         try:
             done.append(function())
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: BLE001  raised below, where the protocol is driven
             failed.append(exc)
 
     try:

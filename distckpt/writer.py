@@ -1,4 +1,4 @@
-"""One rank's files: made from a plan and the arrays, staged if the arrays may change, and written."""
+"""One rank's files: made from its part of a plan and the arrays, staged, and written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from distckpt import dtypes
 from distckpt.arena import Arena
-from distckpt.manifest import BLOCK_BYTES, shard_name
+from distckpt.manifest import BLOCK_BYTES
 from distckpt.plan import WritePart
 from distckpt.region import Region
 from distckpt.shardfile import Piece, ShardImage, blob_key, checksum, piece_key, table_digest
@@ -19,7 +19,14 @@ from distckpt.store import Store
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """What the manifest must know of a written file."""
+    """What the manifest must know of a written file.
+
+    Attributes:
+        file: Its global number.
+        length: In bytes.
+        data_start: Where the tensors' bytes begin.
+        digest: Of its checksum table.
+    """
 
     file: int
     length: int
@@ -43,6 +50,12 @@ def build_images(
         blobs: Per-rank values, encoded.
         rank: This rank.
         block_bytes: Bytes under one checksum.
+
+    Returns:
+        The files, which refer to the arrays.
+
+    Raises:
+        LayoutError: Two pieces of one key in a file.
     """
     pieces: dict[int, list[Piece]] = {}
     rows = zip(
@@ -75,26 +88,39 @@ class Staged:
 
 
 def stage(image: ShardImage, arena: Arena) -> Staged:
-    """Copy a file's bytes, so that the arrays may change; checksums are taken while a block is in the cache."""
+    """Copy a file's bytes, so that the arrays may change.
+
+    A block's checksum is taken while the block is still in the processor's cache.
+    """
     buffer = arena.take(image.table_start)
     checksums = []
     for index in range(image.blocks):
         start, stop = image.block(index)
         image.fill(buffer[start:stop], start, stop)
-        checksums.append(checksum(buffer[start:stop]))
+        checksums.append(checksum(buffer[start:stop].data))
     return Staged(buffer, checksums)
 
 
 def write_file(
-    store: Store, file: int, files: int, save_id: int, image: ShardImage, staged: Staged | None
+    store: Store, name: str, image: ShardImage, staged: Staged | None, *, file: int
 ) -> FileRecord:
     """Write a file durably; it is visible under its name when this returns.
 
     A staged file is written with one request, since every return to Python can wait for the
     interpreter lock while training runs; one that isn't staged goes block by block through one
     small buffer.
+
+    Args:
+        store: Where to.
+        name: The file's.
+        image: Its content.
+        staged: A copy of the content; None where the arrays do not change meanwhile.
+        file: Its global number.
+
+    Raises:
+        StoreError: The store failed. Nothing is visible.
     """
-    sink = store.create(shard_name(file, files, save_id), image.length)
+    sink = store.create(name, image.length)
     try:
         if staged is not None:
             checksums = staged.checksums
@@ -105,8 +131,9 @@ def write_file(
             for index in range(image.blocks):
                 start, stop = image.block(index)
                 image.fill(buffer[: stop - start], start, stop)
-                checksums.append(checksum(buffer[: stop - start]))
-                sink.write_at(start, buffer[: stop - start].data)
+                data = buffer[: stop - start].data
+                checksums.append(checksum(data))
+                sink.write_at(start, data)
         table = np.array(checksums, "<u4").tobytes()
         sink.write_at(image.table_start, table)
         sink.commit()

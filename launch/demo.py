@@ -41,6 +41,7 @@ STEPS = 300
 SAVE_EVERY = 30
 KILLED_IN = 150  # the step whose files are half written when the ranks are killed
 COMMITTED = KILLED_IN - SAVE_EVERY
+MEANWHILE = 12  # steps that training does beside the half-done write, before the kill
 SEED = 0
 RANKS, MESH = 4, "dp=2,tp=2"
 FEWER, OTHER_MESH = 3, "tp=3"
@@ -52,9 +53,10 @@ PATIENCE_S = 120.0  # past which a job is taken to hang
 DEMO = Path("demo")
 LOG = DEMO / "run.jsonl"
 UNTOUCHED_LOG = DEMO / "uninterrupted.jsonl"
-UNTOUCHED = DEMO / "uninterrupted"
+UNTOUCHED = str(DEMO / "uninterrupted")
+CHECKPOINTS = str(DEMO / "checkpoints")
 PICTURE = DEMO / "loss.png"
-MADE = DEMO / "made-by-the-demo.txt"
+MADE = DEMO / "made-by-the-demo.json"
 
 
 class DemoError(Exception):
@@ -66,14 +68,18 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="demo.py", description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--checkpoints",
-        default=os.environ.get("CHECKPOINTS") or str(DEMO / "checkpoints"),
+        default=os.environ.get("CHECKPOINTS") or CHECKPOINTS,
         metavar="URL",
-        help="where to save; default $CHECKPOINTS, then demo/checkpoints",
+        help=f"where to save; default $CHECKPOINTS, then {CHECKPOINTS}",
     )
     url = parser.parse_args(arguments).checkpoints.rstrip("/")
     try:
-        return demonstrate(url)
-    except DemoError as exc:
+        clear(url)
+        try:
+            return demonstrate(url)
+        finally:
+            note_what_was_made(url)
+    except (DemoError, distckpt.CheckpointError) as exc:
         print(f"\nThe demo stopped: {exc}", file=sys.stderr)
         return 1
 
@@ -81,22 +87,25 @@ def main(arguments: Sequence[str]) -> int:
 def demonstrate(url: str) -> int:
     """Do all of it, and tell what happened; return the exit status."""
     began = time.perf_counter()
-    clear(url)
     promises = Promises()
 
     scene(f"1. Train on {RANKS} ranks ({MESH}), a checkpoint every {SAVE_EVERY} steps")
-    half_written = train_until_killed(url)
+    train_until_killed(url)
     killed = runs_in(LOG)[0]
     tell(costs(killed))
-    promises.check(
-        half_written == RANKS, f"all {RANKS} ranks were in the middle of a write when they died"
-    )
 
     scene(f"2. SIGKILL to all of them, each half-way through its file of step {KILLED_IN}")
-    tell(f"Training had gone on to step {killed.last_step} meanwhile. On disk there is now:")
+    tell(
+        f"Training had gone on beside the write, to step {killed.last_step}. On disk there is now:"
+    )
     show_store(url)
     promises.check(
-        last_committed(url) == COMMITTED, f"step {COMMITTED} is the last one committed, every byte"
+        "manifest.binpb" not in open_store(step_url(url, KILLED_IN)).names(),
+        f"step {KILLED_IN}, which was being written, is not taken for a checkpoint",
+    )
+    promises.check(
+        last_committed(url) == COMMITTED,
+        f"step {COMMITTED} is the last one committed, and all of its bytes are good",
     )
 
     scene(f"3. Go on with {FEWER} ranks ({OTHER_MESH}): the same command, another --mesh")
@@ -119,9 +128,9 @@ def demonstrate(url: str) -> int:
     promises.check(score >= ACCURACY, f"at least {ACCURACY:.0%} of the unseen digits are right")
 
     scene(f"5. The same training on {RANKS} ranks, with nothing happening to it")
-    finish(job(RANKS, MESH, str(UNTOUCHED), UNTOUCHED_LOG), "uninterrupted")
+    finish(job(RANKS, MESH, UNTOUCHED, UNTOUCHED_LOG), "uninterrupted")
     curves = Curves.of(killed, resumed, runs_in(UNTOUCHED_LOG)[0])
-    weights = largest_difference(step_url(url, STEPS), step_url(str(UNTOUCHED), STEPS))
+    weights = largest_difference(step_url(url, STEPS), step_url(UNTOUCHED, STEPS))
     before, after = curves.largest_before, curves.largest_after
     same = "bit for bit the same" if before == 0.0 else f"the same within {before:.1e}"
     tell(
@@ -146,33 +155,29 @@ def demonstrate(url: str) -> int:
 # ---------------------------------------------------------------------------------- the scenes
 
 
-def train_until_killed(url: str) -> int:
-    """Start the job, wait until every rank is in the middle of a write, and kill it.
-
-    Returns:
-        How many ranks had said that they are there.
-    """
+def train_until_killed(url: str) -> None:
+    """Start the job; once every rank is in the middle of a write, and training goes on, kill it."""
     markers = [Path(f"{LOG}.rank-{rank}.in-write") for rank in range(RANKS)]
     command = [*job(RANKS, MESH, url, LOG), "--die-in-write-of-step", str(KILLED_IN)]
     with started(command, "killed") as process:
         deadline = time.monotonic() + PATIENCE_S
-        while not all(process_id(marker) for marker in markers):
+        while not (all(map(process_id, markers)) and steps_done() >= KILLED_IN + MEANWHILE):
             if process.poll() is not None:
                 raise DemoError(f"the job ended by itself\n{output_of('killed')}")
             if time.monotonic() > deadline:
-                raise DemoError(f"no rank came to the kill point\n{output_of('killed')}")
-            time.sleep(0.002)
+                raise DemoError(f"it didn't come to the kill point\n{output_of('killed')}")
+            time.sleep(0.005)
         ranks = [process_id(marker) for marker in markers]
         # The ranks first: mpirun, given the time, would end them in a gentler way.
         for rank in ranks:
-            os.kill(rank, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         while any(map(is_alive, ranks)):
             if time.monotonic() > deadline:
                 raise DemoError(f"processes {ranks} survived SIGKILL")
-            time.sleep(0.002)
-    return len(ranks)
+            time.sleep(0.005)
 
 
 def evaluate(url: str) -> tuple[float, float]:
@@ -324,6 +329,15 @@ def runs_in(log: Path) -> list[Run]:
     return runs
 
 
+def steps_done() -> int:
+    """Return the last step in the log, which may be being written."""
+    try:
+        lines = LOG.read_text().rpartition("\n")[0].splitlines()
+        return max((json.loads(line).get("step", 0) for line in lines[-3:]), default=0)
+    except OSError:
+        return 0
+
+
 def costs(run: Run) -> str:
     """Say what saving cost a run."""
     steps = ", ".join(map(str, run.committed_s))
@@ -380,13 +394,12 @@ def step_url(url: str, step: int) -> str:
 
 
 def last_committed(url: str) -> int | None:
-    """Find the newest checkpoint that can be opened, and verify every byte of it."""
-    for name in reversed(steps_in(open_store(url))):
-        with suppress(distckpt.CheckpointNotFound):
-            checkpoint = distckpt.open(f"{url}/{name}")
-            checkpoint.verify()
-            return checkpoint.step
-    return None
+    """Find the newest committed checkpoint, and verify every byte of it."""
+    manager = distckpt.Manager(url)
+    step = manager.latest()
+    if step is not None:
+        manager.open(step).verify()
+    return step
 
 
 def show_store(url: str) -> None:
@@ -421,23 +434,38 @@ def clear(url: str) -> None:
     """Remove what the last demo made, and nothing else.
 
     Raises:
-        DemoError: There is something at *url* that no demo made.
+        DemoError: There is something at *url* that it didn't make.
     """
-    made = set(MADE.read_text().splitlines()) if MADE.exists() else set()
-    for location in (url, str(UNTOUCHED)):
-        store = open_store(location)
-        if store.names() and location not in made:
-            raise DemoError(
-                f"{location} is not empty, and there is no record ({MADE}) that a demo made what is"
-                " in it; remove it, or give another place with CHECKPOINTS="
-            )
-        for directory in steps_in(store):
-            store.delete([f"{directory}/{name}" for name in store.names(f"{directory}/")])
-    files = (LOG, UNTOUCHED_LOG, PICTURE, *DEMO.glob("*.out"), *DEMO.glob(f"{LOG.name}.rank-*"))
-    for path in files:
-        path.unlink(missing_ok=True)
+    made = json.loads(MADE.read_text()) if MADE.exists() else {}
+    store = open_store(url)
+    found = objects_in(store)
+    foreign = sorted(set(found) - set(made.get(url, ())))
+    if foreign and url != CHECKPOINTS:
+        raise DemoError(
+            f"in {url} there is {', '.join(foreign[:3])}{', …' if foreign[3:] else ''}, which the"
+            " last demo did not make; remove it, or give another place with CHECKPOINTS="
+        )
+    store.delete(found)
+    for path in (CHECKPOINTS, UNTOUCHED):
+        shutil.rmtree(path, ignore_errors=True)
+    logs = (LOG, UNTOUCHED_LOG, *DEMO.glob("*.out"), *DEMO.glob(f"{LOG.name}.rank-*"))
+    for file in (*logs, PICTURE, MADE):
+        file.unlink(missing_ok=True)
     DEMO.mkdir(exist_ok=True)
-    MADE.write_text("".join(f"{place}\n" for place in sorted({*made, url, str(UNTOUCHED)})))
+
+
+def note_what_was_made(url: str) -> None:
+    """List what is left at *url*, so that the next demo may remove that and no more."""
+    MADE.write_text(json.dumps({url: objects_in(open_store(url))}, indent=1))
+
+
+def objects_in(store: Store) -> list[str]:
+    """List the objects in a store: those of step directories, and what else lies beside them."""
+    found = []
+    for name in store.names():
+        inside = store.names(f"{name}/") if name.startswith("step-") else []
+        found += [f"{name}/{below}" for below in inside] or [name]
+    return found
 
 
 # ---------------------------------------------------------------------------------- the telling

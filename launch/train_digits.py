@@ -6,7 +6,7 @@ Four ranks, two model replicas of two pieces each, a checkpoint every 50 steps::
         --save-every 50 --checkpoints runs/digits --log runs/digits.jsonl
 
 Stop it however you like and run it again, on the same mesh or another: it goes on after the last
-committed checkpoint. One process does without mpirun::
+committed checkpoint. SIGUSR1 makes it save and leave. One process does without mpirun::
 
     python launch/train_digits.py --checkpoints runs/digits
 
@@ -25,12 +25,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
@@ -220,7 +222,7 @@ def pieces(mesh: distckpt.Mesh, local: Arrays) -> dict[str, dict[str, object]]:
 
 def make_state(
     mesh: distckpt.Mesh, weights: Arrays, optimizer: Adam, lr: float, rng: np.random.Generator
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Everything that a resumed run needs; it is what is saved, and what is loaded into."""
     return {
         "model": pieces(mesh, weights),
@@ -244,9 +246,16 @@ def new_generator_state(values: list[dict], rank: int, size: int) -> dict:
 # ------------------------------------------------------------------------------------- training
 
 
-def train(options: argparse.Namespace, mesh: distckpt.Mesh, comm: MPI.Comm, log: Log) -> float:
+def train(
+    options: argparse.Namespace,
+    mesh: distckpt.Mesh,
+    comm: MPI.Comm,
+    log: Log,
+    asked_to_stop: threading.Event,
+) -> float:
     """Collective. Train up to step ``options.steps``, and return the accuracy on the test set."""
     data = read_digits(options.seed)
+    sum_over_all = summed_over(comm)
     sum_over_tp = summed_over(comm.Split(mesh.coordinates["dp"], mesh.coordinates["tp"]))
     sum_over_dp = summed_over(comm.Split(mesh.coordinates["tp"], mesh.coordinates["dp"]))
 
@@ -278,7 +287,9 @@ def train(options: argparse.Namespace, mesh: distckpt.Mesh, comm: MPI.Comm, log:
             optimizer.update(weights, grads, step=step, lr=state["lr"])
 
             looked_at = rng.choice(len(y), min(SPOT_SAMPLES, len(y)), replace=False)
-            spot = comm.allreduce(accuracy(logits[looked_at], y[looked_at])) / comm.size
+            # Ranks are asked at different times; all leave after the step in which one has been.
+            told = np.array([accuracy(logits[looked_at], y[looked_at]), asked_to_stop.is_set()])
+            spot, stop = sum_over_all(told) / comm.size
 
             state["step"] = step
             state["lr"] *= LR_DECAY
@@ -286,12 +297,14 @@ def train(options: argparse.Namespace, mesh: distckpt.Mesh, comm: MPI.Comm, log:
 
             before_save = time.perf_counter()
             pending = manager.step(step, state, metrics={"loss": loss})
+            if (stop or step == options.steps) and pending is None:
+                pending = manager.save(step, state, metrics={"loss": loss})
             done = time.perf_counter()
 
             if pending is not None:
                 log.saving(step, pending, held_up_s=done - before_save)
             log.step(step, loss, spot, seconds=done - began)
-            if manager.should_stop():
+            if stop:
                 break
 
     log.finished()
@@ -322,7 +335,8 @@ class Log:
         self._write(event=event, step=step, ranks=mesh.size, mesh=mesh.axes, seconds=seconds)
         axes = ",".join(f"{name}={size}" for name, size in mesh.axes.items())
         what = f"resumed after step {step}" if step else "fresh start"
-        self._say(f"{what} on {mesh.size} ranks ({axes}), {seconds:.1f} s after launch")
+        ranks = "1 rank" if mesh.size == 1 else f"{mesh.size} ranks"
+        self._say(f"{what} on {ranks} ({axes}), {seconds:.1f} s after launch")
 
     def saving(self, step: int, pending: distckpt.PendingCheckpoint, *, held_up_s: float) -> None:
         """Note a save that has begun, and how long it kept training waiting."""
@@ -428,6 +442,8 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Collective. Run the job; return the exit status."""
     began = time.perf_counter()
+    asked_to_stop = threading.Event()
+    signal.signal(signal.SIGUSR1, lambda *_: asked_to_stop.set())
     options = parse_options(arguments)
 
     # The import starts MPI, which whoever only borrows a function of this file doesn't want.
@@ -445,7 +461,7 @@ def main(arguments: list[str]) -> int:
         return 2
 
     log = Log(options.log, rank=comm.rank, steps=options.steps)
-    score = train(options, mesh, comm, log)
+    score = train(options, mesh, comm, log, asked_to_stop)
     if options.evaluate and comm.rank == 0:
         print(f"accuracy on {TEST_SAMPLES} samples that it has not seen: {score:.1%}", flush=True)
     return 0

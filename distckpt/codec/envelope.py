@@ -49,12 +49,13 @@ def unwrap(data: bytes, *, path: str = "") -> bytes:
         )
     if major > MAJOR:
         raise UnsupportedFormat(
-            f"{path}: written in format {major}.{minor}; this version of distckpt reads up to {MAJOR}.x. "
-            "Install a newer distckpt"
+            f"{path}: written in format {major}.{minor}; this version of distckpt reads up to "
+            f"{MAJOR}.x. Install a newer distckpt"
         )
     if major < 1 or length != len(data) - _HEAD.size - _DIGEST_BYTES:
         raise CorruptCheckpoint(
-            f"{path}: format {major}.{minor} with a payload of {length} bytes in a file of {len(data)}",
+            f"{path}: format {major}.{minor} with a payload of {length} bytes in a file of "
+            f"{len(data)}",
             path=path,
         )
     return bytes(data[_HEAD.size : -_DIGEST_BYTES])

@@ -15,11 +15,19 @@ from distckpt._pb import manifest_pb2 as pb
 from distckpt.codec.envelope import unwrap, wrap
 from distckpt.codec.plain import MAX_DIMENSIONS, from_value, to_value
 from distckpt.errors import CorruptCheckpoint, UnsupportedFormat
-from distckpt.layout import Grid, Layout, wrong_covers
-from distckpt.manifest import TABLE_DIGEST_BYTES, Manifest, pad_columns, table_bytes
+from distckpt.layout import BALANCED, CEILING, Grid, Layout, wrong_covers
+from distckpt.manifest import (
+    DATA_ALIGNMENT,
+    TABLE_DIGEST_BYTES,
+    Manifest,
+    pad_columns,
+    table_bytes,
+)
 
 MAX_BYTES = 1 << 62
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_BLOCK_BYTES = 1 << 30
+_RULES = {BALANCED: pb.BALANCED, CEILING: pb.CEILING}
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -58,7 +66,7 @@ def encode(manifest: Manifest) -> bytes:
 def _encode_tensors(manifest: Manifest) -> Any:
     suffix, shared, previous = [], [], ""
     for name in manifest.names:
-        prefix = os.path.commonprefix([previous, name])
+        prefix = os.path.commonprefix([previous, name])  # noqa: RUF071  of characters is meant
         suffix.append(name[len(prefix) :])
         shared.append(len(prefix.encode()))
         previous = name
@@ -84,7 +92,7 @@ def _encode_layouts(layouts: Sequence[Layout]) -> Any:
         else:
             message.boxes.append(0)
             message.parts.extend(grid.parts)
-            message.rule.extend(grid.rule)
+            message.rule.extend(_RULES[rule] for rule in grid.rule)
             message.file_base.append(grid.file_base)
             message.file_stride.extend(grid.file_stride)
     return message
@@ -103,7 +111,7 @@ def decode(data: bytes, *, path: str = "manifest") -> Manifest:
         return _decode(message)
     except CorruptCheckpoint as exc:
         raise CorruptCheckpoint(f"{path}: {exc}", path=path) from exc
-    except (DecodeError, ValueError, RecursionError) as exc:
+    except (DecodeError, ValueError, TypeError, RecursionError) as exc:
         raise CorruptCheckpoint(f"{path}: not a valid manifest: {exc}", path=path) from exc
 
 
@@ -114,7 +122,7 @@ def _decode(message: Any) -> Manifest:
     _need(message.ranks >= 1, "it was saved by no rank")
     block_bytes = message.block_bytes
     _need(
-        4096 <= block_bytes <= 1 << 30 and block_bytes & (block_bytes - 1) == 0,
+        DATA_ALIGNMENT <= block_bytes <= _MAX_BLOCK_BYTES and block_bytes & (block_bytes - 1) == 0,
         f"a block size of {block_bytes} bytes",
     )
     _need(
@@ -122,11 +130,10 @@ def _decode(message: Any) -> Manifest:
         "columns of unequal length for the files",
     )
     length, data_start = _column(files.length), _column(files.data_start)
+    in_range = (data_start > 0) & (data_start <= _MAX_HEADER_BYTES)
     _need(
-        bool(
-            ((data_start % 4096 == 0) & (data_start > 0) & (data_start <= _MAX_HEADER_BYTES)).all()
-        ),
-        "a shard file's data does not start at a multiple of 4096",
+        (in_range & (data_start % DATA_ALIGNMENT == 0)).all(),
+        f"a shard file's data does not start at a multiple of {DATA_ALIGNMENT}",
     )
     layouts = _decode_layouts(message.layouts, count)
     tensors = message.tensors
@@ -136,7 +143,7 @@ def _decode(message: Any) -> Manifest:
     unknown = [code for code in np.unique(dtype).tolist() if code not in dtypes.BY_CODE]
     if unknown:
         raise UnsupportedFormat(f"unknown dtype codes {unknown}; install a newer distckpt")
-    _need(bool((layout < len(layouts)).all()), "a tensor's layout does not exist")
+    _need((layout < len(layouts)).all(), "a tensor's layout does not exist")
     values = message.values
     _need(len(values.name) == len(values.value), "columns of unequal length for the values")
     per_rank, per_rank_file = _decode_per_rank(message.per_rank, message.ranks, count)
@@ -199,7 +206,7 @@ def _decode_layouts(message: Any, files: int) -> list[Layout]:
     parts, rule = _column(message.parts), _column(message.rule)
     file_base, file_stride = _column(message.file_base), _column(message.file_stride, signed=True)
     is_grid = boxes == 0
-    _need(bool((ndim <= MAX_DIMENSIONS).all()), f"more than {MAX_DIMENSIONS} dimensions")
+    _need((ndim <= MAX_DIMENSIONS).all(), f"more than {MAX_DIMENSIONS} dimensions")
     _need(
         len(boxes) == len(ndim)
         and len(shape) == ndim.sum()
@@ -209,8 +216,8 @@ def _decode_layouts(message: Any, files: int) -> list[Layout]:
         and len(file_base) == is_grid.sum(),
         "columns of unequal length for the layouts",
     )
-    _need(bool((parts >= 1).all()) and bool((rule <= 1).all()), "a grid of no or unknown cut")
-    _need(bool((file < files).all()), "a box lies in a file that does not exist")
+    _need((parts >= 1).all() and (rule <= 1).all(), "a grid of no or unknown cut")
+    _need((file < files).all(), "a box lies in a file that does not exist")
     layouts: list[Layout] = []
     at_shape = at_box = at_number = at_grid = at_base = 0
     for dims, count in zip(ndim.tolist(), boxes.tolist(), strict=True):
@@ -235,7 +242,7 @@ def _decode_layouts(message: Any, files: int) -> list[Layout]:
             _need(math.prod(grid.parts) <= 64 * files, f"a grid of {grid.parts} over {files} files")
             layouts.append(Layout.of_grid(whole, grid))
             _need(
-                bool(((layouts[-1].file >= 0) & (layouts[-1].file < files)).all()),
+                ((layouts[-1].file >= 0) & (layouts[-1].file < files)).all(),
                 "a grid lies in a file that does not exist",
             )
             at_grid += dims
@@ -245,7 +252,7 @@ def _decode_layouts(message: Any, files: int) -> list[Layout]:
 
 
 def _check_cover(layouts: Sequence[Layout]) -> None:
-    """Check invariant I3: the boxes of every layout cover its shape exactly once; and their order."""
+    """Check invariant I3, that boxes cover a layout's shape exactly once; and their order."""
     for layout in layouts:
         if 0 in layout.shape or not layout.shape:
             whole = [0] * len(layout.shape)
@@ -265,14 +272,12 @@ def _check_cover(layouts: Sequence[Layout]) -> None:
     shape = pad_columns(
         np.array([[1] * (width - len(x.shape)) + list(x.shape) for x in proper], np.int64), width, 1
     )
-    _need(bool((start < stop).all()), "an empty box")
+    _need((start < stop).all(), "an empty box")
     faulty = wrong_covers(tensor, start, stop, shape)
-    _need(
-        not faulty.size,
-        f"the boxes of a tensor of shape {proper[int(faulty[0])].shape if faulty.size else ()} do not cover it exactly once",
-    )
+    shapes = [proper[index].shape for index in faulty.tolist()]
+    _need(not shapes, f"the boxes of tensors of shapes {shapes} do not cover them exactly once")
     order = np.lexsort((*start.T[::-1], tensor))
-    _need(bool((order == np.arange(len(order))).all()), "boxes that are not in order")
+    _need((order == np.arange(len(order))).all(), "boxes that are not in order")
 
 
 def _decode_per_rank(
@@ -289,7 +294,7 @@ def _decode_per_rank(
     table = length.reshape(len(names), ranks)
     holders = np.flatnonzero((table > 0).any(axis=0))
     _need(
-        bool((file[holders] < files).all()) and len(np.unique(file[holders])) == len(holders),
+        (file[holders] < files).all() and len(np.unique(file[holders])) == len(holders),
         "per-rank values lie in files that do not exist, or two ranks' in one",
     )
     return dict(zip(names, table, strict=True)), file
@@ -311,6 +316,7 @@ def _column(values: Any, *, signed: bool = False) -> np.ndarray:
     return column.astype(np.int64)
 
 
-def _need(condition: bool, fault: str) -> None:
+def _need(condition: object, fault: str) -> None:
+    """Refuse the manifest unless the condition, Python's or numpy's, is true."""
     if not condition:
         raise CorruptCheckpoint(f"the manifest breaks the format: {fault}")

@@ -34,31 +34,40 @@ def pack(value: object) -> bytes:
     """
     arrays: list[np.ndarray] = []
     tree = to_value(value, arrays, "value").SerializeToString()
-    return b"".join([struct.pack("<Q", len(tree)), tree, *(array.tobytes() for array in arrays)])
+    return b"".join([struct.pack("<Q", len(tree)), tree, *map(_raw, arrays)])
 
 
-def unpack(blob: bytes | memoryview) -> Any:
-    """Decode a blob. Arrays are new and writable.
+def _raw(array: np.ndarray) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
+
+
+def unpack(blob: bytes | bytearray | memoryview, *, copy: bool = True) -> Any:
+    """Decode a blob.
+
+    Args:
+        blob: What `pack` made.
+        copy: Whether arrays are new and writable; else they are views of the blob.
 
     Raises:
         CorruptCheckpoint: Not a blob.
     """
     view = memoryview(blob)
+    length = int.from_bytes(view[:8], "little")
+    if length > len(view) - 8:
+        raise CorruptCheckpoint(f"a blob of {len(view)} bytes claims a tree of {length} bytes")
     try:
-        (length,) = struct.unpack_from("<Q", view)
-        if length > len(view) - 8:
-            raise CorruptCheckpoint(f"a blob of {len(view)} bytes claims a tree of {length} bytes")
         tree = pb.Value.FromString(bytes(view[8 : 8 + length]))
-        return from_value(tree, view[8 + length :])
-    except (struct.error, DecodeError, ValueError) as exc:
-        if isinstance(exc, CorruptCheckpoint):
-            raise
+        return from_value(tree, view[8 + length :], copy=copy)
+    except CorruptCheckpoint:
+        raise
+    except (DecodeError, ValueError, TypeError) as exc:
         raise CorruptCheckpoint(f"not a blob of plain values: {exc}") from exc
 
 
 def encode_value(value: object) -> bytes:
     """Encode a plain value without arrays; equal bytes mean equal values, also for NaN and −0.0."""
-    return to_value(value, None, "value").SerializeToString(deterministic=True)  # type: ignore[no-any-return]
+    data: bytes = to_value(value, None, "value").SerializeToString(deterministic=True)
+    return data
 
 
 def decode_value(data: bytes) -> Any:
@@ -67,6 +76,17 @@ def decode_value(data: bytes) -> Any:
 
 
 def to_value(value: object, arrays: list[np.ndarray] | None, where: str, depth: int = 0) -> Any:
+    """Make the protobuf message of a nested plain value.
+
+    Args:
+        value: As in `pack`.
+        arrays: Takes the arrays, which lie behind the message; None where none are allowed.
+        where: What the value is, for messages.
+        depth: How deep it is nested.
+
+    Raises:
+        LayoutError: As in `pack`.
+    """
     if depth > MAX_DEPTH:
         raise LayoutError(f"{where}: nested deeper than {MAX_DEPTH}")
     if isinstance(value, np.generic | np.ndarray) or (
@@ -129,7 +149,17 @@ def _to_array(value: object, arrays: list[np.ndarray] | None, where: str) -> Any
     return pb.Value(array=pb.Array(dtype=entry.code, shape=shape, offset=offset))
 
 
-def from_value(value: Any, data: memoryview) -> Any:
+def from_value(value: Any, data: memoryview, *, copy: bool = True) -> Any:
+    """Make the plain value of a protobuf message.
+
+    Args:
+        value: What `to_value` made.
+        data: Holds the arrays.
+        copy: As in `unpack`.
+
+    Raises:
+        CorruptCheckpoint: A message that `to_value` does not make.
+    """
     kind = value.WhichOneof("kind")
     if kind is None:
         raise CorruptCheckpoint("a value of no kind, or of one that this version doesn't know")
@@ -139,14 +169,14 @@ def from_value(value: Any, data: memoryview) -> Any:
     if kind == "big_integer":
         return int.from_bytes(content, "little", signed=True)
     if kind == "list":
-        return [from_value(item, data) for item in content.item]
+        return [from_value(item, data, copy=copy) for item in content.item]
     if kind == "tuple":
-        return tuple(from_value(item, data) for item in content.item)
+        return tuple(from_value(item, data, copy=copy) for item in content.item)
     if kind == "dict":
         if len(content.key) != len(content.item):
             raise CorruptCheckpoint("a dict with unequal numbers of keys and items")
         return {
-            from_value(key, data): from_value(item, data)
+            from_value(key, data): from_value(item, data, copy=copy)
             for key, item in zip(content.key, content.item, strict=True)
         }
     if kind == "array":
@@ -164,5 +194,6 @@ def from_value(value: Any, data: memoryview) -> Any:
             if size
             else np.empty(0, entry.numpy)
         )
-        return flat.reshape(tuple(content.shape)).copy()
+        array = flat.reshape(tuple(content.shape))
+        return array.copy() if copy else array
     return content

@@ -1,4 +1,6 @@
-"""Who writes what, and who reads what: computed from descriptions alone, in columns. No I/O, no arrays' contents.
+"""Who writes what, and who reads what: computed from descriptions alone, in columns.
+
+No I/O happens here, and no array is looked at.
 
 `plan_write` takes what every rank holds and decides which rank stores which box: replicas are
 removed, and what several ranks hold is shared out so that all write the same number of bytes.

@@ -10,7 +10,7 @@ import numpy as np
 def balance(
     load: np.ndarray, groups: Sequence[tuple[np.ndarray, int]], *, rounds: int = 50
 ) -> list[np.ndarray]:
-    """Share divisible amounts out among groups of ranks so that the loads are as even as they can be.
+    """Share amounts out among groups of ranks, so that the loads are as even as they can be.
 
     Each group in turn pours its amount onto its ranks so that it fills up the lowest
     (water-filling); repeated until nothing moves. This descends on the sum of the squared loads, a
@@ -56,4 +56,4 @@ def _pour(level: np.ndarray, amount: float) -> np.ndarray:
     # With the k lowest filled, the surface stands at (amount + sum of their levels) / k.
     surface = (amount + np.cumsum(sorted_level)) / np.arange(1, len(level) + 1)
     filled = int(np.flatnonzero(surface >= sorted_level)[-1])
-    return np.maximum(surface[filled] - level, 0.0)
+    return (surface[filled] - level).clip(min=0.0)

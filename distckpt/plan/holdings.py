@@ -74,8 +74,8 @@ def describe(tensors: Sequence[TensorLeaf], per_rank: Sequence[str] = ()) -> Hol
         else:
             kind[row] = RUN
             stop[row] = 0
-            start[row, -1] = leaf.start
-            stop[row, -1] = (leaf.start or 0) + leaf.array.size
+            start[row, -1] = leaf.start or 0
+            stop[row, -1] = start[row, -1] + leaf.array.size
     return Holdings(
         tuple(leaf.name for leaf in tensors),
         np.array([leaf.dtype.code for leaf in tensors], np.uint8),

@@ -10,6 +10,9 @@ from distckpt.manifest import Pieces
 from distckpt.plan.balance import balance
 from distckpt.region import boxes_of_runs
 
+# The first and the last block of a stretch always hold wanted elements.
+_ENDS = 2
+
 
 @dataclass(frozen=True, slots=True)
 class Wants:
@@ -114,12 +117,20 @@ def plan_read(
     row = np.repeat(np.arange(len(piece)), count)
     block = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count - first, count)
     keep = _touched(
-        pieces, piece[row], start[row], stop[row], block, size[row], block_bytes, count[row]
+        pieces,
+        piece[row],
+        start[row],
+        stop[row],
+        begin_byte=block * block_bytes,
+        end_byte=(block + 1) * block_bytes,
+        itemsize=size[row],
+        blocks=count[row],
     )
     row, block = row[keep], block[keep]
     piece, want, start, stop, size = piece[row], want[row], start[row], stop[row], size[row]
     file = pieces.file[piece]
-    reader, round_ = _readers(file, block, wants.rank[want], block_bytes, ranks, round_bytes)
+    per_round = max(1, round_bytes // block_bytes)
+    reader, round_ = _readers(file, block, wants.rank[want], ranks=ranks, per_round=per_round)
     order = np.lexsort((wants.key[want], wants.rank[want], block, file, round_))
     return Fragments(
         round_,
@@ -182,19 +193,31 @@ def _touched(
     piece: np.ndarray,
     start: np.ndarray,
     stop: np.ndarray,
-    block: np.ndarray,
-    size: np.ndarray,
-    block_bytes: int,
+    *,
+    begin_byte: np.ndarray,
+    end_byte: np.ndarray,
+    itemsize: np.ndarray,
     blocks: np.ndarray,
 ) -> np.ndarray:
-    """Tell which blocks hold wanted elements: inside a stretch, a block can fall between two wanted rows."""
-    begin = np.maximum(block * block_bytes - pieces.offset_bytes[piece], 0) // size
-    end = ((block + 1) * block_bytes - pieces.offset_bytes[piece]) // size
+    """Tell which blocks hold wanted elements: one can fall between two wanted rows.
+
+    Args:
+        pieces: What is stored.
+        piece: (rows,) the piece that each row's block lies in.
+        start: (rows, width) the wanted part of the piece.
+        stop: (rows, width).
+        begin_byte: (rows,) where the block begins in the file.
+        end_byte: (rows,) and where it ends.
+        itemsize: (rows,) bytes of an element.
+        blocks: (rows,) how many blocks the stretch of the wanted part touches.
+    """
+    begin = np.maximum(begin_byte - pieces.offset_bytes[piece], 0) // itemsize
+    end = (end_byte - pieces.offset_bytes[piece]) // itemsize
     origin = pieces.start[piece]
     extent = pieces.stop[piece] - origin
     end = np.minimum(end, extent.prod(axis=1))
     touched = np.ones(len(piece), bool)
-    doubtful = np.flatnonzero(blocks > 2)  # the first and the last block always hold some
+    doubtful = np.flatnonzero(blocks > _ENDS)
     of, box_start, box_stop = boxes_of_runs(extent[doubtful], begin[doubtful], end[doubtful])
     rows = doubtful[of]
     common = (
@@ -210,9 +233,9 @@ def _readers(
     file: np.ndarray,
     block: np.ndarray,
     consumer: np.ndarray,
-    block_bytes: int,
+    *,
     ranks: int,
-    round_bytes: int,
+    per_round: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Choose the reader and the round of each row's block."""
     order = np.lexsort((consumer, block, file))
@@ -226,19 +249,18 @@ def _readers(
     reader = np.zeros(len(first), np.int64)
     load = np.zeros(ranks, np.int64)
     for number, (low, high) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
-        group = tuple(dict.fromkeys(consumer[low:high].tolist()))
-        if len(group) == 1:
-            reader[number] = group[0]
-            load[group[0]] += 1
+        wanting = tuple(dict.fromkeys(consumer[low:high].tolist()))
+        if len(wanting) == 1:
+            reader[number] = wanting[0]
+            load[wanting[0]] += 1
         else:
-            holders.setdefault(group, []).append(number)
+            holders.setdefault(wanting, []).append(number)
     groups = [(np.array(group), len(members)) for group, members in holders.items()]
     for (group, _), members, share in zip(
         groups, holders.values(), balance(load, groups), strict=True
     ):
         reader[members] = np.repeat(group, share)
     # A rank reads its blocks in the order of file and block, a fixed number a round.
-    per_round = max(1, round_bytes // block_bytes)
     by_reader = np.argsort(reader, kind="stable")
     edges = np.searchsorted(reader[by_reader], np.arange(ranks))
     round_ = np.empty(len(first), np.int64)

@@ -1,8 +1,8 @@
-"""From what the ranks hold to distinct stretches of tensors, each held whole by one or more ranks."""
+"""From what the ranks hold to distinct stretches, each held whole by one or more ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,16 @@ from distckpt.region import Region, boxes_of_runs
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """All ranks' items in one table."""
+    """All ranks' items in one table.
+
+    Attributes:
+        tensor: (items,) index of its tensor.
+        rank: (items,) who holds it.
+        item: (items,) its number among the rank's.
+        kind: (items,) `BOX` or `RUN`.
+        start: (items, width) as in `Holdings`.
+        stop: (items, width).
+    """
 
     tensor: np.ndarray
     rank: np.ndarray
@@ -27,6 +36,7 @@ class Items:
     stop: np.ndarray
 
     def take(self, index: np.ndarray) -> Items:
+        """Select rows."""
         return Items(
             self.tensor[index],
             self.rank[index],
@@ -49,6 +59,7 @@ class Tensors:
     itemsize: np.ndarray
 
     def true_shape(self, tensor: int) -> tuple[int, ...]:
+        """Return a tensor's shape without padding."""
         return tuple(self.shape[tensor, self.shape.shape[1] - int(self.ndim[tensor]) :].tolist())
 
 
@@ -74,7 +85,11 @@ class Segments:
 
 
 def merge(holdings: Sequence[Holdings]) -> tuple[Tensors, Items]:
-    """Put all ranks' items into one table; names get numbers in the order in which they are first seen."""
+    """Put all ranks' items into one table; tensors are numbered in the order of their first holder.
+
+    Raises:
+        LayoutError: Ranks that disagree on a tensor's dtype or shape: all of them.
+    """
     width = max((held.shape.shape[1] for held in holdings), default=1)
     number: dict[str, int] = {}
     seen: dict[tuple[str, ...], np.ndarray] = {}  # ranks mostly hold the same names
@@ -116,25 +131,24 @@ def merge(holdings: Sequence[Holdings]) -> tuple[Tensors, Items]:
     codes = dtype[first]
     itemsize = np.array([dtypes.BY_CODE[code].itemsize for code in codes.tolist()], np.int64)
     tensors = Tensors(names, codes, ndim[first], shape[first], shape[first].prod(axis=1), itemsize)
-    if differs.any():
-        raise LayoutError(_disagreement(tensors, table, dtype, ndim, shape, first, differs))
+    wrong = np.flatnonzero(differs)
+    if wrong.size:
+
+        def text(row: int) -> str:
+            true = tuple(shape[row, width - int(ndim[row]) :].tolist())
+            return f"rank {table.rank[row]} has {dtypes.BY_CODE[int(dtype[row])].name} {true}"
+
+        raise LayoutError(_disagreement(tensors, table, wrong, first, text))
     return tensors, table
 
 
 def _disagreement(
     tensors: Tensors,
     table: Items,
-    dtype: np.ndarray,
-    ndim: np.ndarray,
-    shape: np.ndarray,
+    wrong: np.ndarray,
     first: np.ndarray,
-    differs: np.ndarray,
+    text: Callable[[int], str],
 ) -> str:
-    def text(row: int) -> str:
-        true = tuple(shape[row, shape.shape[1] - int(ndim[row]) :].tolist())
-        return f"rank {table.rank[row]} has {dtypes.BY_CODE[int(dtype[row])].name} {true}"
-
-    wrong = np.flatnonzero(differs)
     lines = []
     for tensor in np.unique(table.tensor[wrong]).tolist():
         rows = wrong[table.tensor[wrong] == tensor]
@@ -144,7 +158,11 @@ def _disagreement(
 
 
 def find_segments(tensors: Tensors, items: Items) -> Segments:
-    """Find the distinct stretches and who holds them; check that they cover each tensor exactly once."""
+    """Find the distinct stretches, and who holds them.
+
+    Raises:
+        LayoutError: Tensors that they do not cover exactly once: all of them.
+    """
     empty_tensor = tensors.size[items.tensor] == 0
     is_run = items.kind == RUN
     length = np.where(
@@ -180,7 +198,8 @@ def find_segments(tensors: Tensors, items: Items) -> Segments:
     held = np.zeros(len(tensors.names), bool)
     held[items.tensor[empty_tensor | (length > 0)]] = True
     problems += [
-        f"{tensors.names[tensor]!r} of shape {tensors.true_shape(tensor)}: gap: no rank holds any of it"
+        f"{tensors.names[tensor]!r} of shape {tensors.true_shape(tensor)}: gap: no rank holds any "
+        "of it"
         for tensor in np.flatnonzero(~held).tolist()
     ]
     if problems:
@@ -220,7 +239,7 @@ def _join(tables: Sequence[Segments]) -> Segments:
 
 
 def _run_segments(tensors: Tensors, items: Items, problems: list[str]) -> Segments:
-    """Refine runs at the union of their cuts: replicas that were cut differently then share whole segments."""
+    """Refine runs at the union of their cuts, so that replicas cut differently share segments."""
     is_run = items.kind == RUN
     begin = np.where(is_run, items.start[:, -1], 0)
     end = np.where(is_run, items.stop[:, -1], tensors.size[items.tensor])

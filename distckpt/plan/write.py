@@ -100,6 +100,9 @@ def plan_write(
             first that fits).
         max_shard_bytes: A rank's file is split before it exceeds this.
 
+    Returns:
+        The plan for all ranks.
+
     Raises:
         LayoutError: Ranks that disagree on a tensor, and tensors that are not covered exactly once:
             all of them.
@@ -109,8 +112,10 @@ def plan_write(
     segments = find_segments(tensors, items)
     rule = _rules(tensors.names, replicas)
     segments = _keep_first_holder(segments, rule)
-    part = _share_out(tensors, segments, ranks)
-    return _lay_out(tensors, segments, part, rule, holdings, max_shard_bytes)
+    shares = _share_out(tensors, segments, ranks)
+    return _lay_out(
+        tensors, segments, shares, rule=rule, holdings=holdings, max_shard_bytes=max_shard_bytes
+    )
 
 
 def _rules(names: Sequence[str], replicas: Replicas) -> np.ndarray:
@@ -150,7 +155,14 @@ def _keep_first_holder(segments: Segments, rule: np.ndarray) -> Segments:
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """Which rank stores which elements of which segment."""
+    """Which rank stores which elements of which segment.
+
+    Attributes:
+        segment: (shares,) the segment.
+        rank: (shares,) who stores it.
+        begin: (shares,) its first element in the segment.
+        end: (shares,) one past its last.
+    """
 
     segment: np.ndarray
     rank: np.ndarray
@@ -183,7 +195,12 @@ def _share_out(tensors: Tensors, segments: Segments, ranks: int) -> Shares:
 
 
 def _groups(segments: Segments) -> tuple[np.ndarray, dict[tuple[int, ...], list[int]]]:
-    """Return each segment's first pair, and set of ranks → the segments that exactly they hold (sets of ≥ 2)."""
+    """Group the segments that several ranks hold.
+
+    Returns:
+        Each segment's first pair; and set of ranks, at least two → the segments that exactly they
+        hold.
+    """
     count = len(segments.tensor)
     first = np.searchsorted(segments.pair_segment, np.arange(count))
     holders: dict[tuple[int, ...], list[int]] = {}
@@ -228,6 +245,7 @@ def _lay_out(
     tensors: Tensors,
     segments: Segments,
     shares: Shares,
+    *,
     rule: np.ndarray,
     holdings: Sequence[Holdings],
     max_shard_bytes: int,
@@ -254,8 +272,7 @@ def _lay_out(
     order = np.lexsort((*start.T[::-1], tensor))
     share, start, stop, tensor = share[order], start[order], stop[order], tensor[order]
     rank = shares.rank[share]
-    # A box begins in its item's C order where the share does, plus the boxes of the share before
-    # it.
+    # A box begins in its item's C order where its share does, plus the share's boxes before it.
     size = (stop - start).prod(axis=1)
     by_share = np.argsort(share, kind="stable")
     before = np.cumsum(size[by_share]) - size[by_share]
@@ -380,7 +397,11 @@ def _layouts(
 
 
 def _checks(segments: Segments, rule: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """List what must be compared: the pairs that take part, their comparison's number, each comparison's tensor."""
+    """List what must be compared.
+
+    Returns:
+        The pairs that take part, the number of each one's comparison, and each comparison's tensor.
+    """
     held = np.bincount(segments.pair_segment, minlength=len(segments.tensor))
     checked = (
         (held > 1) & (rule[segments.tensor] == REPLICA_RULES.index("check")) & (segments.size > 0)
