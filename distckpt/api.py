@@ -10,12 +10,7 @@ import numpy as np
 
 from distckpt.checkpoint import Checkpoint, StorageOptions, Url
 from distckpt.commit import commit, write
-from distckpt.errors import (
-    CheckpointError,
-    SaveFailed,
-    raise_together,
-    to_plain,
-)
+from distckpt.errors import SaveFailed, raise_together, to_plain
 from distckpt.load_plan import LoadOptions, ResolvePerRank
 from distckpt.loader import LoadReport
 from distckpt.loader import load_into as load_net
@@ -78,7 +73,13 @@ def save(
     All are raised on every rank alike, and nothing is committed.
     """
     team = connect(comm)
-    options = Options(overwrite, replicas, max_shard_bytes, metadata, None, None, timeout_s)
+    options = Options(
+        overwrite=overwrite,
+        replicas=replicas,
+        max_shard_bytes=max_shard_bytes,
+        metadata=metadata,
+        timeout_s=timeout_s,
+    )
     found = prepare(team, url, state, options, storage_options=storage_options)
     write(found)
     return Checkpoint(found.store, team.drive(commit(found)), found.save_id)
@@ -121,9 +122,14 @@ def save_async(
         CheckpointError: As in `save`, for what is wrong with the call. What goes wrong later,
             `wait` raises.
     """
-    if lazy:
-        raise CheckpointError("lazy staging is not supported yet: pass lazy=False")
-    options = Options(overwrite, replicas, max_shard_bytes, metadata, None, None, timeout_s)
+    options = Options(
+        overwrite=overwrite,
+        replicas=replicas,
+        max_shard_bytes=max_shard_bytes,
+        lazy=lazy,
+        metadata=metadata,
+        timeout_s=timeout_s,
+    )
     return start_save(connect(comm), url, state, options, storage_options=storage_options)
 
 

@@ -54,7 +54,11 @@ class Checkpoint:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """The record of what is stored where."""
+        """The record of what is stored where.
+
+        Raises:
+            CheckpointError: It can't be read (see `distckpt.open`), or is another save's by now.
+        """
         found = self._known or read_manifest(self._store)
         if self._save_id is not None and found.save_id != self._save_id:
             raise CheckpointError(
@@ -264,9 +268,7 @@ class Checkpoint:
             out[inner.slices] = values.reshape(inner.shape)
 
         operation = Operation(Solo(), 0, 0.0)
-        failure = drive(
-            exchange(operation, 2, work, blocks, dtype_of=lambda _: out.dtype, put=put)
-        )
+        failure = drive(exchange(operation, 2, work, blocks, dtype_of=lambda _: out.dtype, put=put))
         if failure is not None:
             raise failure
 
@@ -448,6 +450,6 @@ class PerRankValues(Sequence[object]):
         """
         if isinstance(rank, slice):
             return [self[number] for number in range(len(self))[rank]]
-        if not isinstance(rank, int) or not 0 <= rank < len(self):
-            raise IndexError(f"rank {rank!r} of {self.name!r}, saved by ranks 0 to {len(self) - 1}")
+        if not 0 <= rank < len(self):
+            raise IndexError(f"rank {rank} of {self.name!r}, saved by ranks 0 to {len(self) - 1}")
         return self.checkpoint._read_blob(self.name, rank)  # noqa: SLF001

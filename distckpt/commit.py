@@ -246,8 +246,8 @@ def _make_manifest(save: Save, plan: WritePlan, outcomes: Sequence[Mapping[str, 
         per_rank_file=np.array([max(part.blob_file, 0) for part in plan.parts], np.int64)
         if plan.per_rank
         else np.zeros(0, np.int64),
-        metadata=save.options.metadata,
-        metrics=save.options.metrics,
+        metadata=save.metadata,
+        metrics=save.metrics,
     )
 
 

@@ -168,7 +168,10 @@ class MpiCoordinator:
 
 
 def launched_by_mpi() -> bool:
-    """Whether mpirun started this process with more than one rank; Slurm's variables don't count."""
+    """Whether mpirun started this process with more than one rank.
+
+    Slurm's variables don't count: it sets them for a single process of a job, too.
+    """
     for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
         value = os.environ.get(name, "")
         if value.isdigit() and int(value) > 1:
@@ -222,7 +225,7 @@ def _duplicates(comm: MPI.Comm, timeout_s: float) -> Waiting[tuple[MPI.Comm, MPI
 def kept(comm: MPI.Comm) -> object:
     """Return what `keep` has left with a communicator; None if nothing."""
     found = comm.Get_attr(_marks().keyval)
-    return None if found is None else found[0]
+    return found[0] if isinstance(found, tuple) else None
 
 
 def keep(comm: MPI.Comm, user: object, coordinator: MpiCoordinator) -> None:

@@ -9,11 +9,15 @@ from functools import cached_property
 
 import numpy as np
 
-from distckpt.errors import ranks_text
+from distckpt.errors import LayoutError, ranks_text
 from distckpt.region import Region
 
 BALANCED = 0
 CEILING = 1
+
+# Boxes cut in more dimensions than this are compared in pairs, and there may be only so many.
+_MAX_CORNER_DIMENSIONS = 8
+_MAX_PAIRED_BOXES = 1 << 12
 
 
 def cut_points(extent: int, parts: int, rule: int) -> np.ndarray:
@@ -146,7 +150,8 @@ def wrong_covers(
 
     The signed corners of the boxes, summed, must cancel to those of the whole: the corners
     determine the sum of the boxes' indicator functions, so this is exact in any number of
-    dimensions, and it is one sort. Linear in the number of boxes, for a fixed number of dimensions.
+    dimensions, and it is one sort. Linear in the number of boxes, but exponential in the number of
+    dimensions that a tensor is cut in: where those are many, boxes are compared in pairs instead.
 
     Args:
         tensor: (n,) which tensor each box belongs to.
@@ -156,36 +161,75 @@ def wrong_covers(
 
     Returns:
         Indices of the tensors at fault, ascending; boxes out of range are among the faults.
+
+    Raises:
+        LayoutError: Too many boxes of one tensor, cut in too many dimensions, to tell.
     """
     count, ndim = shape.shape
-    out_of_range = (start < 0).any(axis=1) | (stop > shape[tensor]).any(axis=1)
-    # A dimension that no box cuts adds nothing but twice as many corners.
-    cut = [
-        dim
-        for dim in range(ndim)
-        if start[:, dim].any() or (stop[:, dim] != shape[tensor, dim]).any()
-    ]
-    tensor = np.concatenate([tensor, np.arange(count)])
-    low = np.concatenate([start, np.zeros_like(shape)])
-    high = np.concatenate([stop, shape])
-    sign = np.concatenate([np.ones(len(start), np.int64), -np.ones(count, np.int64)])
+    faulty = [tensor[(start < 0).any(axis=1) | (stop > shape[tensor]).any(axis=1)]]
+    # A dimension that no box of a tensor cuts adds nothing but twice as many corners.
+    box, dim = np.nonzero((start != 0) | (stop != shape[tensor]))
+    cut = np.zeros((count, ndim), bool)
+    cut[tensor[box], dim] = True
+    patterns, pattern = np.unique(cut, axis=0, return_inverse=True)
+    pattern = pattern.reshape(-1)
+    tensors, boxes = np.argsort(pattern, kind="stable"), np.argsort(pattern[tensor], kind="stable")
+    edges = np.arange(len(patterns) + 1)
+    tensor_edges = np.searchsorted(pattern[tensors], edges).tolist()
+    box_edges = np.searchsorted(pattern[tensor][boxes], edges).tolist()
+    for number, dims in enumerate(patterns):
+        some = tensors[tensor_edges[number] : tensor_edges[number + 1]]
+        rows = boxes[box_edges[number] : box_edges[number + 1]]
+        low, high = start[rows][:, dims], stop[rows][:, dims]
+        check = _uncancelled if np.count_nonzero(dims) <= _MAX_CORNER_DIMENSIONS else _unpaired
+        faulty.append(check(tensor[rows], low, high, some, shape[some][:, dims]))
+    return np.unique(np.concatenate(faulty))
+
+
+def _uncancelled(
+    tensor: np.ndarray, start: np.ndarray, stop: np.ndarray, whole: np.ndarray, shape: np.ndarray
+) -> np.ndarray:
+    """Return which tensors have corners left over; see `wrong_covers`."""
+    dims = shape.shape[1]
+    tensor = np.concatenate([tensor, whole])
+    low, high = np.concatenate([start, np.zeros_like(shape)]), np.concatenate([stop, shape])
+    sign = np.repeat(np.array([1, -1]), [len(start), len(shape)])
     corners, signs = [], []
-    for mask in range(1 << len(cut)):
-        upper = [dim for bit, dim in enumerate(cut) if mask >> bit & 1]
-        corner = low[:, cut].copy() if cut else np.zeros((len(low), 0), np.int64)
-        for column, dim in enumerate(cut):
-            if dim in upper:
-                corner[:, column] = high[:, dim]
-        corners.append(corner)
-        signs.append(-sign if len(upper) % 2 else sign)
-    keys = np.column_stack([np.tile(tensor, 1 << len(cut)), np.concatenate(corners)])
+    for mask in range(1 << dims):
+        upper = (mask >> np.arange(dims)) & 1 == 1
+        corners.append(np.where(upper, high, low))
+        signs.append(-sign if np.count_nonzero(upper) % 2 else sign)
+    keys = np.column_stack([np.tile(tensor, 1 << dims), np.concatenate(corners)])
     order = np.lexsort(keys.T[::-1])
     keys = keys[order]
     new = np.ones(len(keys), bool)
     new[1:] = (keys[1:] != keys[:-1]).any(axis=1)
     totals = np.add.reduceat(np.concatenate(signs)[order], np.flatnonzero(new))
-    faulty = keys[new, 0][totals != 0]
-    return np.union1d(faulty, tensor[: len(start)][out_of_range])
+    left: np.ndarray = keys[new, 0][totals != 0]
+    return left
+
+
+def _unpaired(
+    tensor: np.ndarray, start: np.ndarray, stop: np.ndarray, whole: np.ndarray, shape: np.ndarray
+) -> np.ndarray:
+    """Return which tensors have boxes that overlap, or don't add up to the whole."""
+    faulty = []
+    for number, extents in zip(whole.tolist(), shape, strict=True):
+        rows = np.flatnonzero(tensor == number)
+        if len(rows) > _MAX_PAIRED_BOXES:
+            raise LayoutError(
+                f"a tensor is cut into {len(rows)} boxes in {len(extents)} dimensions: more than "
+                f"{_MAX_PAIRED_BOXES} boxes can be cut in at most {_MAX_CORNER_DIMENSIONS}"
+            )
+        low, high = start[rows], stop[rows]
+        overlaps = sum(
+            np.count_nonzero(((low < high[row]) & (low[row] < high)).all(axis=1)) - 1
+            for row in range(len(rows))
+        )
+        size = sum(math.prod(box) for box in (high - low).tolist())
+        if overlaps or size != math.prod(extents.tolist()):
+            faulty.append(number)
+    return np.array(faulty, np.int64)
 
 
 def cover_faults(shape: Sequence[int], boxes: Sequence[Region], limit: int = 3) -> list[str]:
@@ -202,13 +246,16 @@ def cover_faults(shape: Sequence[int], boxes: Sequence[Region], limit: int = 3) 
         if any(b > n for b, n in zip(box.stop, shape, strict=True)):
             faults.append(f"out of range: {{{index}}} ends beyond the shape {tuple(shape)}")
     inside = [box & whole for box in boxes]
-    order = sorted(range(len(boxes)), key=lambda index: boxes[index])
+    # In the order of the dimension that tells most boxes apart, few are candidates for an overlap.
+    starts = [len({box.start[dim] for box in boxes}) for dim in range(len(shape))]
+    dim = starts.index(max(starts)) if starts else 0
+    order = sorted(range(len(boxes)), key=lambda index: boxes[index].start[dim:])
     overlaps: list[str] = []
     for position, index in enumerate(order):
         if len(overlaps) >= limit:
             break
         for other in order[position + 1 :]:
-            if boxes[other].start and boxes[other].start[0] >= boxes[index].stop[0]:
+            if shape and boxes[other].start[dim] >= boxes[index].stop[dim]:
                 break
             common = boxes[index] & boxes[other]
             if common is not None:
@@ -251,8 +298,7 @@ def describe_faults(
 ) -> str:
     """Put `cover_faults` into one line, with the ranks that hold each box."""
     labels = [
-        f"{box} ({ranks_text(ranks, limit=4)})"
-        for box, ranks in zip(boxes, holders, strict=True)
+        f"{box} ({ranks_text(ranks, limit=4)})" for box, ranks in zip(boxes, holders, strict=True)
     ]
     texts = [text.format(*labels) for text in cover_faults(shape, boxes)]
     return f"{name!r} of shape {tuple(shape)}: " + "; ".join(texts)

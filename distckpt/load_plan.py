@@ -292,5 +292,3 @@ def _wants(
         np.concatenate([pieces.size_bytes, length_]),
     )
     return pieces, np.concatenate([manifest.itemsize, np.ones(count, np.int64)]), blobs, wants
-
-

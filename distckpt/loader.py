@@ -262,7 +262,7 @@ def _execute(
         inner = Region(region.start[pad:], region.stop[pad:])
         target.put(inner, values.reshape(inner.shape))
 
-    failure = yield from exchange(operation, 2, part.first, blocks, dtype_of, look)
+    failure = yield from exchange(operation, 2, part.first, blocks, dtype_of=dtype_of, put=look)
     per_rank: dict[str, object] = {}
     if failure is None:
         try:
@@ -274,7 +274,7 @@ def _execute(
     # it partly changed.
     settle = _Settle(operation, store, part.save_id)
     yield from settle(4, failure, {}, 0)
-    failure = yield from exchange(operation, 2, part.second, blocks, dtype_of, put)
+    failure = yield from exchange(operation, 2, part.second, blocks, dtype_of=dtype_of, put=put)
     if failure is None:
         try:
             _finish(wanted, part)
@@ -372,7 +372,7 @@ def _resolve(
     """Decode per-rank values; where the number of ranks changed, let the caller decide."""
     found: dict[str, list[Any]] = {}
     for (name, length), buffer in zip(part.blobs, buffers, strict=True):
-        value = codec.unpack(memoryview(buffer)) if length else None
+        value = codec.unpack(buffer.data) if length else None
         found.setdefault(name, []).append(value)
     if part.same_ranks:
         return {name: values[0] for name, values in found.items()}

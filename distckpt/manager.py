@@ -122,6 +122,8 @@ class Manager:
         Raises:
             CheckpointError: What is wrong with this save, or went wrong with the one before.
         """
+        if self._pending is not None:
+            self._pending.done()  # which drives its commit, where no other thread may
         if not self.due(step):
             return None
         return self.save(step, state, metrics=metrics, metadata=metadata)
@@ -156,7 +158,7 @@ class Manager:
             overwrite=True,
             replicas=self._replicas,
             metadata=metadata,
-            metrics=None if metrics is None else {k: float(v) for k, v in metrics.items()},
+            metrics=metrics,
             step=step,
             timeout_s=self._timeout_s,
         )

@@ -101,7 +101,13 @@ class Destination:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a net wants, by kind: tensors, and by name plain values and per-rank values."""
+    """What a net wants, by kind.
+
+    Attributes:
+        destinations: The tensors.
+        values: Plain values by name.
+        per_rank: Per-rank values by name.
+    """
 
     destinations: list[Destination]
     values: dict[str, Leaf]

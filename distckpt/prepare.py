@@ -53,11 +53,19 @@ _CACHED_PLANS = 4
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a save was asked for, besides where and what."""
+    """What a save was asked for, besides where and what; see `distckpt.save`.
+
+    As text, what differs from the defaults and must be the same on all ranks:
+
+    Examples:
+        >>> str(Options(overwrite=True)), str(Options())
+        (' (overwrite=True)', '')
+    """
 
     overwrite: bool = False
     replicas: Replicas = "check"
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    lazy: bool | Sequence[str] = False
     metadata: Mapping[str, object] | None = None
     metrics: Mapping[str, float] | None = None
     step: int | None = None
@@ -65,8 +73,18 @@ class Options:
 
     def planning(self) -> str:
         """The options that a plan depends on, as text."""
-        rules = self.replicas if isinstance(self.replicas, str) else sorted(self.replicas.items())
+        # The order of the rules counts: the first that fits does.
+        rules = self.replicas if isinstance(self.replicas, str) else dict(self.replicas)
         return f"replicas={rules!r}, max_shard_bytes={self.max_shard_bytes}"
+
+    def __str__(self) -> str:
+        default = Options()
+        listed = ", ".join(
+            f"{name}={getattr(self, name)!r}"
+            for name in ("overwrite", "step", "replicas", "max_shard_bytes")
+            if getattr(self, name) != getattr(default, name)
+        )
+        return f" ({listed})" if listed else ""
 
 
 @dataclass(slots=True)
@@ -81,8 +99,68 @@ class _Known:
 
 
 @dataclass(slots=True)
+class _Mine:
+    """What this rank brings to a save, or why it can't."""
+
+    where: str
+    store: Store | None = None
+    flat: FlatState = field(default_factory=lambda: FlatState([], {}, {}))
+    held: Holdings = field(default_factory=lambda: describe([]))
+    values: dict[str, bytes] = field(default_factory=dict)
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    metadata: Mapping[str, object] | None = None
+    metrics: Mapping[str, float] | None = None
+    failure: BaseException | None = None
+
+    def look_at(
+        self,
+        url: str | os.PathLike[str] | Store,
+        state: object,
+        options: Options,
+        storage_options: Mapping[str, object] | None,
+        *,
+        is_coordinator: bool,
+    ) -> None:
+        """Open the store and take the state apart; what was found before an error stays."""
+        self.store = open_store(url, storage_options=storage_options)
+        self.where = self.store.url
+        self.flat = flatten(state)
+        self.held = describe(self.flat.tensors, list(self.flat.per_rank))
+        for name, leaf in self.flat.values.items():
+            self.values[name] = codec.encode_value(leaf.value)
+        for name, leaf in self.flat.per_rank.items():
+            self.blobs[name] = codec.pack(leaf.value.value)  # type: ignore[attr-defined]
+        if options.lazy:
+            raise LayoutError("lazy staging is not supported yet: pass lazy=False")
+        if is_coordinator:
+            # Copied now, like everything else that the caller may change when this returns.
+            self.metadata = _copied(options.metadata)
+            numbers = {name: float(value) for name, value in (options.metrics or {}).items()}
+            self.metrics = None if options.metrics is None else _copied(numbers)
+
+
+@dataclass(slots=True)
 class Save:
-    """A save between `prepare` and its end, on one rank."""
+    """A save between `prepare` and its end, on one rank.
+
+    Attributes:
+        store: Where to.
+        operation: The ranks' messages about it, in the background.
+        options: What was asked for.
+        save_id: Its 64 random bits.
+        files: Number of files of all ranks.
+        images: This rank's files, by number.
+        staged: Their copies; empty where the arrays do not change meanwhile.
+        checks: Checksums of replicas: columns ``check`` (number of the comparison) and ``sum``.
+        blob_lengths: Bytes of this rank's per-rank values, by name.
+        node: This rank's machine.
+        plan: All ranks' plan; at the coordinator only, if it was made for this save.
+        values: The plain values of all ranks.
+        metadata: The user's own; at the coordinator only.
+        metrics: Numbers by name; at the coordinator only.
+        failure: What went wrong on this rank (`to_plain`).
+        written: The files that are there.
+    """
 
     store: Store
     operation: Operation
@@ -96,6 +174,8 @@ class Save:
     node: str
     plan: WritePlan | None
     values: dict[str, object]
+    metadata: Mapping[str, object] | None
+    metrics: Mapping[str, float] | None
     failure: dict[str, object] | None = None
     written: list[FileRecord] = field(default_factory=list)
 
@@ -120,42 +200,30 @@ def prepare(
         arena: Memory to copy the arrays to, so that they may change when this returns; None if they
             won't.
 
+    Returns:
+        The save, to be written and committed; what goes wrong from here on is told at the commit.
+
     Raises:
         CheckpointError: The same on every rank; nothing was written.
     """
     operation = team.operation(options.timeout_s)
-    failure: BaseException | None = None
-    flat = FlatState([], {}, {})
-    held = describe([])
-    values: dict[str, bytes] = {}
-    blobs: dict[str, bytes] = {}
-    store: Store | None = None
+    mine = _Mine(str(url))
     try:
-        store = open_store(url, storage_options=storage_options)
-        flat = flatten(state)
-        held = describe(flat.tensors, list(flat.per_rank))
-        values = {name: codec.encode_value(leaf.value) for name, leaf in flat.values.items()}
-        blobs = {name: codec.pack(leaf.value.value) for name, leaf in flat.per_rank.items()}  # type: ignore[attr-defined]
-        if team.rank == COORDINATOR:
-            # Here and not at the commit, where the files would be written already.
-            for extra in (options.metadata, options.metrics):
-                codec.encode_value(None if extra is None else dict(extra))
-    except Exception as exc:  # a rank that fails still takes part
-        failure = exc
-    where = store.url if store is not None else str(url)
+        mine.look_at(url, state, options, storage_options, is_coordinator=team.rank == COORDINATOR)
+    except Exception as exc:  # noqa: BLE001  a rank that fails still takes part
+        mine.failure = exc
     try:
-        known, shared = team.drive(
-            _agree(team, operation, store, where, held, values, options, failure)
-        )
+        known, shared = team.drive(_agree(team, operation, mine, options))
     except Late as late:
-        raise late_error(late, where) from late
+        raise late_error(late, mine.where) from late
     except CheckpointError as exc:
-        if failure is not None:
-            raise exc from failure
+        if mine.failure is not None:
+            raise exc from mine.failure
         raise
-    assert store is not None
+    if mine.store is None:
+        raise SaveFailed(f"{mine.where}: this storage is not open")
     save = Save(
-        store,
+        mine.store,
         operation.in_background(),
         options,
         shared["save_id"],
@@ -163,36 +231,36 @@ def prepare(
         {},
         {},
         {},
-        {name: len(blob) for name, blob in blobs.items()},
+        {name: len(blob) for name, blob in mine.blobs.items()},
         team.coordinator.node,
         known.plan,
         shared["values"],
+        mine.metadata,
+        mine.metrics,
     )
     try:
-        save.images = build_images(flat.tensors, known.part, blobs, rank=team.rank)
-        save.checks = _check_replicas(flat, known)
+        save.images = build_images(mine.flat.tensors, known.part, mine.blobs, rank=team.rank)
+        save.checks = _check_replicas(mine.flat, known)
         if arena is not None:
             for file, image in save.images.items():
                 save.staged[file] = stage(image, arena)
-    except Exception as exc:  # the others learn of it at the commit
+    except Exception as exc:  # noqa: BLE001  the others learn of it at the commit
         save.failure = to_plain(exc)
     known.saves += 1
     return save
 
 
 def _agree(
-    team: Team,
-    operation: Operation,
-    store: Store | None,
-    where: str,
-    held: Holdings,
-    values: Mapping[str, bytes],
-    options: Options,
-    failure: BaseException | None,
+    team: Team, operation: Operation, mine: _Mine, options: Options
 ) -> Waiting[tuple[_Known, dict[str, Any]]]:
-    """Agree on the call; plan if any rank holds something new. Returns the plan, and what the coordinator decided."""
+    """Agree on the call; plan if any rank holds something new.
+
+    Returns:
+        The plan, and what the coordinator decided.
+    """
+    store, where, values = mine.store, mine.where, mine.values
     plans: dict[bytes, _Known] = team.memory.setdefault("plans", {})
-    digest = _digest(held, options)
+    digest = _digest(mine.held, options)
     known = plans.get(digest)
 
     def decide(calls: list[Any]) -> list[Any]:
@@ -216,8 +284,8 @@ def _agree(
 
     answer = yield from operation.agree(
         {
-            "call": f"save to {where!r} ({options.planning()}, overwrite={options.overwrite}, step={options.step})",
-            "error": None if failure is None else to_plain(failure),
+            "call": f"save to {where!r}{options}",
+            "error": None if mine.failure is None else to_plain(mine.failure),
             "generation": known.generation if known else None,
             "values": _digest_values(values),
         },
@@ -231,7 +299,7 @@ def _agree(
             described = yield from operation.gather(
                 2,
                 {
-                    "holdings": holdings_to_plain(held) if answer["plan"] else None,
+                    "holdings": holdings_to_plain(mine.held) if answer["plan"] else None,
                     "values": dict(values) if answer["values"] else None,
                 },
                 f"describe its state for the save to {where}",
@@ -259,16 +327,17 @@ def _agree(
                     }
                     for rank in range(team.size)
                 ]
-            except Exception as exc:
+            except Exception as exc:  # noqa: BLE001  whatever it is, no rank may be left waiting
                 parts = [{"error": to_plain(exc)}] * team.size
                 plans.clear()
-        mine = yield from operation.scatter(3, parts, f"plan the save to {where}")
-        if mine["error"] is not None:
+        told = yield from operation.scatter(3, parts, f"plan the save to {where}")
+        if told["error"] is not None:
             plans.clear()
-            raise from_plain(mine["error"])
+            raise from_plain(told["error"])
         if answer["plan"]:
-            known = _Known(operation.number, _part_from_plain(mine["part"]), mine["files"], plan)
-    assert known is not None
+            known = _Known(operation.number, _part_from_plain(told["part"]), told["files"], plan)
+    if known is None:
+        raise SaveFailed(f"{where}: nothing was planned, and this rank knows no plan")
     plans.pop(digest, None)
     plans[digest] = known  # the newest last
     while len(plans) > _CACHED_PLANS:
@@ -279,8 +348,21 @@ def _agree(
     }
 
 
+def _copied(value: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Copy nested plain values; raises LayoutError for any other."""
+    if value is None:
+        return None
+    copy: dict[str, Any] = codec.decode_value(codec.encode_value(dict(value)))
+    return copy
+
+
 def refuse_existing(store: Store) -> None:
-    """Raise CheckpointExists if there is a manifest."""
+    """Check that there is no manifest.
+
+    Raises:
+        CheckpointExists: There is one.
+        StoreError: The store failed.
+    """
     try:
         store.size(MANIFEST_NAME)
     except FileNotFoundError:
@@ -290,7 +372,8 @@ def refuse_existing(store: Store) -> None:
     )
 
 
-def late_error(late: Late, where: str, committed: bool | None = False) -> SaveFailed:
+def late_error(late: Late, where: str, *, committed: bool | None = False) -> SaveFailed:
+    """Make the error of a save in which ranks were late."""
     return SaveFailed(
         f"{where}: {late}", failures=dict.fromkeys(late.ranks, str(late)), committed=committed
     )
@@ -302,7 +385,7 @@ def _digest(held: Holdings, options: Options) -> bytes:
     found.update("\0".join(held.names).encode() + b"\1" + "\0".join(held.per_rank).encode())
     for column in (held.dtype, held.ndim, held.kind, held.shape, held.start, held.stop):
         found.update(str(column.shape).encode())
-        found.update(np.ascontiguousarray(column))
+        found.update(np.ascontiguousarray(column).data)
     return found.digest()
 
 
@@ -355,14 +438,17 @@ def _merge_values(found: Sequence[Mapping[str, bytes]]) -> dict[str, bytes]:
             ]
             lines.append(f"{name!r}: {', '.join(shown)}")
         raise LayoutError(
-            f"{len(wrong)} plain values are not the same on all ranks; wrap what differs on purpose in PerRank:\n  "
-            + "\n  ".join(lines)
+            f"{len(wrong)} plain values are not the same on all ranks; wrap what differs on "
+            "purpose in PerRank:\n  " + "\n  ".join(lines)
         )
     return merged
 
 
 def _check_replicas(flat: FlatState, known: _Known) -> dict[str, np.ndarray]:
-    """Take the checksums of what must be the same on other ranks: all of it the first time, then some in turn."""
+    """Take the checksums of what must be the same on other ranks.
+
+    Of all of it the first time, then of some in turn.
+    """
     part = known.part
     rows = np.arange(len(part.check))
     if known.saves:

@@ -27,12 +27,18 @@ from distckpt.waiting import Waiting
 # A consumer may be so many rounds behind its reader before the reader waits.
 _ROUNDS_AHEAD = 2
 # Types that move elements of a size without looking at them.
-_BITS = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8"), 16: np.dtype("c16")}
+_BITS = {np.dtype(kind).itemsize: np.dtype(kind) for kind in ("u1", "u2", "u4", "u8", "c16")}
 
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """What a reader must know of a shard file."""
+    """What a reader must know of a shard file.
+
+    Attributes:
+        name: Its name.
+        table_start: Where its checksum table begins.
+        digest: The table's digest.
+    """
 
     name: str
     table_start: int
@@ -56,8 +62,8 @@ def read_manifest(store: Store) -> Manifest:
     names = store.names()
     if any(name.startswith("shard-") for name in names):
         raise IncompleteCheckpoint(
-            f"{store.url}: {len(names)} files of a save, but no {MANIFEST_NAME}: the save was never committed, or is "
-            "still running. Use an earlier checkpoint"
+            f"{store.url}: {len(names)} files of a save, but no {MANIFEST_NAME}: the save was "
+            "never committed, or is still running. Use an earlier checkpoint"
         )
     found = f"a folder with {', '.join(names[:5])}" if names else "nothing"
     raise CheckpointNotFound(f"{store.url}: expected a checkpoint ({MANIFEST_NAME}), found {found}")
@@ -116,27 +122,33 @@ class BlockReader:
         if len(self._scratch) < stop - start:
             self._scratch = np.empty(max(stop - start, min(self._block_bytes, 4 << 20)), np.uint8)
         data = self._scratch[: stop - start]
-        self._read_into(stored.name, start, memoryview(data))
+        self._read_into(stored.name, start, data.data)
         if self._verify:
-            expected, found = int(self.table(file)[block]), checksum(data)
+            expected, found = int(self.table(file)[block]), checksum(data.data)
             if expected != found:
                 raise CorruptCheckpoint(
-                    f"{self._store.url}/{stored.name}: bytes {start}:{stop} are damaged: their CRC32C is "
-                    f"{found:08x}, saved was {expected:08x}",
+                    f"{self._store.url}/{stored.name}: bytes {start}:{stop} are damaged: their "
+                    f"CRC32C is {found:08x}, saved was {expected:08x}",
                     path=stored.name,
                     offset_bytes=start,
                 )
         return data
 
     def table(self, file: int) -> np.ndarray:
-        """Return a file's checksums, verified against the manifest."""
+        """Return a file's checksums (uint32), verified against the manifest.
+
+        Raises:
+            CorruptCheckpoint: The table is damaged, or the file is short.
+            IncompleteCheckpoint: The file is not there.
+        """
         if file not in self._tables:
             stored = self._files[file]
             data = bytearray(table_bytes(stored.table_start, self._block_bytes))
             self._read_into(stored.name, stored.table_start, memoryview(data))
             if table_digest(data) != stored.digest:
                 raise CorruptCheckpoint(
-                    f"{self._store.url}/{stored.name}: its checksum table, from byte {stored.table_start} on, is damaged",
+                    f"{self._store.url}/{stored.name}: its checksum table, from byte "
+                    f"{stored.table_start} on, is damaged",
                     path=stored.name,
                     offset_bytes=stored.table_start,
                 )
@@ -154,15 +166,22 @@ class BlockReader:
             ) from exc
         except FileNotFoundError as exc:
             raise IncompleteCheckpoint(
-                f"{self._store.url}/{name}: the manifest names this file, and it is not there: it was deleted, "
-                "or not all files were copied"
+                f"{self._store.url}/{name}: the manifest names this file, and it is not there: it "
+                "was deleted, or not all files were copied"
             ) from exc
         self.bytes_read += len(buffer)
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A part of a wanted box that lies in one block: a view of the block, and where it belongs."""
+    """A part of a wanted box that lies in one block: a view of the block, and where it belongs.
+
+    Attributes:
+        region: Where it belongs, in the whole tensor.
+        first: The byte in the block where the box around it begins.
+        shape: Shape of that box.
+        inner: The part of that box.
+    """
 
     region: Region
     first: int
@@ -176,7 +195,7 @@ class Copy:
 
 
 class Work:
-    """Fragments as plain rows, with the copies that each is made of. Equal on the reader's and the consumer's side."""
+    """Fragments as plain rows; equal on the reader's and the consumer's side."""
 
     def __init__(self, fragments: Fragments, block_bytes: int) -> None:
         self.block_bytes = block_bytes
@@ -235,10 +254,11 @@ def exchange(
     step: int,
     work: Work,
     blocks: BlockReader,
+    *,
     dtype_of: Callable[[int], np.dtype],
     put: Put,
 ) -> Waiting[CheckpointError | None]:
-    """Collective. Read this rank's blocks and hand out what others want of them; receive what this rank wants.
+    """Collective. Read this rank's blocks, hand out what others want, and take what it wants.
 
     In rounds, so that a bounded number of bytes is on its way. Each message says whether its blocks
     are good. Uses the steps `step` (data) and `step + 1` (acknowledgements) of the operation.
@@ -255,46 +275,84 @@ def exchange(
         None, or the first failure of this rank, or that another rank reported. Never raises one:
         the others wait.
     """
+    exchanged = _Exchange(operation, step, work, blocks, dtype_of, put)
     try:
-        return (yield from _exchange(operation, step, work, blocks, dtype_of, put))
+        yield from exchanged.run()
     except Late as late:
         return late
+    return exchanged.failure
 
 
-def _exchange(
-    operation: Operation,
-    step: int,
-    work: Work,
-    blocks: BlockReader,
-    dtype_of: Callable[[int], np.dtype],
-    put: Put,
-) -> Waiting[CheckpointError | None]:
-    rank = operation.rank
-    failure: CheckpointError | None = None
-    ahead: dict[int, int] = {}  # consumer → messages that it has not acknowledged
+def _rounds(work: Work) -> Iterator[range]:
+    """Yield the rows of each round."""
     row = 0
     while row < len(work):
         end = row
         while end < len(work) and work.round[end] == work.round[row]:
             end += 1
-        rows = range(row, end)
+        yield range(row, end)
         row = end
+
+
+@dataclass(slots=True)
+class _Exchange:
+    """This rank's part of an exchange: what it reads, sends and takes, and the first failure."""
+
+    operation: Operation
+    step: int
+    work: Work
+    blocks: BlockReader
+    dtype_of: Callable[[int], np.dtype]
+    put: Put
+    failure: CheckpointError | None = None
+
+    def run(self) -> Waiting[None]:
+        """Do all rounds."""
+        rank, receive = self.operation.rank, self.operation.receive
+        ahead: dict[int, int] = {}  # consumer → messages that it has not acknowledged
+        for rows in _rounds(self.work):
+            for consumer, content in self._read(rows).items():
+                while ahead.get(consumer, 0) >= _ROUNDS_AHEAD:
+                    yield from receive(consumer, self.step + 1, "take what was read for it")
+                    ahead[consumer] -= 1
+                ahead[consumer] = ahead.get(consumer, 0) + 1
+                error = None if self.failure is None else text(self.failure)
+                self.operation.send(consumer, self.step, {"error": error, "data": content})
+            senders = dict.fromkeys(
+                self.work.reader[index]
+                for index in rows
+                if self.work.consumer[index] == rank and self.work.reader[index] != rank
+            )
+            for sender in senders:
+                message = yield from receive(sender, self.step, "send what it read")
+                self._take(rows, sender, message)
+                self.operation.send(sender, self.step + 1, None)
+        for consumer, count in ahead.items():
+            for _ in range(count):
+                yield from receive(consumer, self.step + 1, "take what was read for it")
+
+    def _fail(self, exc: Exception) -> None:
+        self.failure = exc if isinstance(exc, CheckpointError) else CheckpointError(text(exc))
+
+    def _read(self, rows: range) -> dict[int, np.ndarray]:
+        """Read this rank's blocks of a round; return what each other rank gets of them."""
+        work, rank = self.work, self.operation.rank
         mine = [index for index in rows if work.reader[index] == rank]
         copies = {index: list(work.copies(index)) for index in mine}
         outgoing = _buffers(work, mine, copies, rank)
         filled = dict.fromkeys(outgoing, 0)
         current, data = (-1, -1), np.empty(0, np.uint8)
         for index in mine:
-            if failure is not None:
+            if self.failure is not None:
                 break
-            consumer = work.consumer[index]
+            key, consumer = work.key[index], work.consumer[index]
             try:
                 if current != (work.file[index], work.block[index]):
                     current = (work.file[index], work.block[index])
-                    data = blocks.read(*current)
+                    data = self.blocks.read(*current)
                 for copy in copies[index]:
                     if consumer == rank:
-                        put(work.key[index], copy.region, copy.of(data, dtype_of(work.key[index])))
+                        self.put(key, copy.region, copy.of(data, self.dtype_of(key)))
                     else:
                         values = copy.of(data, _BITS[work.itemsize[index]])
                         at = filled[consumer]
@@ -302,59 +360,29 @@ def _exchange(
                         target = outgoing[consumer][at : filled[consumer]].view(values.dtype)
                         np.copyto(target.reshape(values.shape), values)
             except Exception as exc:  # noqa: BLE001  the others wait for this rank's messages
-                failure = exc if isinstance(exc, CheckpointError) else CheckpointError(text(exc))
-        for consumer, content in outgoing.items():
-            while ahead.get(consumer, 0) >= _ROUNDS_AHEAD:
-                yield from operation.receive(consumer, step + 1, "take what was read for it")
-                ahead[consumer] -= 1
-            ahead[consumer] = ahead.get(consumer, 0) + 1
-            error = None if failure is None else text(failure)
-            operation.send(consumer, step, {"error": error, "data": content})
-        senders = dict.fromkeys(
-            work.reader[index]
-            for index in rows
-            if work.consumer[index] == rank and work.reader[index] != rank
-        )
-        for sender in senders:
-            message = yield from operation.receive(sender, step, "send what it read")
-            if message["error"] is not None:
-                failure = failure or CheckpointError(
-                    f"rank {sender} could not read: {message['error']}"
-                )
-            elif failure is None:
-                try:
-                    _take(work, rows, sender, rank, message["data"], dtype_of, put)
-                except Exception as exc:  # noqa: BLE001
-                    failure = (
-                        exc if isinstance(exc, CheckpointError) else CheckpointError(text(exc))
-                    )
-            operation.send(sender, step + 1, None)
-    for consumer, count in ahead.items():
-        for _ in range(count):
-            yield from operation.receive(consumer, step + 1, "take what was read for it")
-    return failure
+                self._fail(exc)
+        return outgoing
 
-
-def _take(
-    work: Work,
-    rows: range,
-    sender: int,
-    rank: int,
-    data: np.ndarray,
-    dtype_of: Callable[[int], np.dtype],
-    put: Put,
-) -> None:
-    """Put a message's bytes in place: the same rows and copies as at the sender, in the same order."""
-    at = 0
-    for index in rows:
-        if work.reader[index] != sender or work.consumer[index] != rank:
-            continue
-        dtype = dtype_of(work.key[index])
-        for copy in work.copies(index):
-            size = copy.region.size * dtype.itemsize
-            values = data[at : at + size].view(dtype).reshape(copy.region.shape)
-            put(work.key[index], copy.region, values)
-            at += size
+    def _take(self, rows: range, sender: int, message: Mapping[str, Any]) -> None:
+        """Put a message's bytes in place: the sender's rows and copies, in the same order."""
+        if message["error"] is not None:
+            cause = CheckpointError(f"rank {sender} could not read: {message['error']}")
+            self.failure = self.failure or cause
+        if self.failure is not None:
+            return
+        work, data, at = self.work, message["data"], 0
+        try:
+            for index in rows:
+                if work.reader[index] != sender or work.consumer[index] != self.operation.rank:
+                    continue
+                dtype = self.dtype_of(work.key[index])
+                for copy in work.copies(index):
+                    size = copy.region.size * dtype.itemsize
+                    values = data[at : at + size].view(dtype).reshape(copy.region.shape)
+                    self.put(work.key[index], copy.region, values)
+                    at += size
+        except Exception as exc:  # noqa: BLE001  the others wait for this rank's messages
+            self._fail(exc)
 
 
 def _buffers(

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# The most that a checkpoint holds, and so part of the file format.
+MAX_DIMENSIONS = 32
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Region:
@@ -61,6 +64,8 @@ class Region:
 
     def __and__(self, other: Region) -> Region | None:
         """Return the common part; None if there is none."""
+        if len(self.start) != len(other.start):
+            raise ValueError(f"{self} and {other} differ in dimensions")
         start = tuple(map(max, self.start, other.start))
         stop = tuple(map(min, self.stop, other.stop))
         return Region(start, stop) if all(a < b for a, b in zip(start, stop, strict=True)) else None

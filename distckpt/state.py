@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ import numpy as np
 
 from distckpt import dtypes
 from distckpt.errors import LayoutError
-from distckpt.region import Region, boxes_of_run
+from distckpt.region import MAX_DIMENSIONS, Region, boxes_of_run
 
 Plain = int | float | bool | str | bytes | None
 PLAIN = (int, float, str, bytes, type(None))
@@ -83,14 +84,15 @@ class FlatShard:
     global_shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "start", int(self.start))
+        object.__setattr__(self, "start", _ints((self.start,))[0])
         object.__setattr__(self, "global_shape", _ints(self.global_shape))
         shape = tuple(np.shape(self.array))
         if len(shape) != 1:
             raise LayoutError(
                 f"a FlatShard holds a one-dimensional array, not one of shape {shape}"
             )
-        if self.start < 0 or self.start + shape[0] > math.prod(self.global_shape):
+        outside = self.start < 0 or self.start + shape[0] > math.prod(self.global_shape)
+        if outside or min(self.global_shape, default=0) < 0:
             raise LayoutError(
                 f"a FlatShard of elements {self.start}:{self.start + shape[0]} ends outside its "
                 f"tensor of shape {self.global_shape} ({math.prod(self.global_shape)} elements)"
@@ -124,7 +126,13 @@ class Net(Protocol):
         """Name → array, Shard, FlatShard, PerRank or plain value."""
 
     def assign(self, name: str, value: object) -> None:
-        """Put one in place: what `tensors` gave under this name is replaced by *value*."""
+        """Put one in place, when all of it is read.
+
+        Args:
+            name: A name of `tensors`.
+            value: A new value of the same kind, shape and dtype: an array for an array, a Shard
+                with a new array for a Shard, and so on.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,6 +325,9 @@ def _tensor(leaf: Leaf) -> TensorLeaf | str:
             f"dtype {array.dtype} can't be stored; supported are "
             f"{', '.join(entry.name for entry in dtypes.TABLE)}"
         )
+    shape = value.global_shape if isinstance(value, Shard | FlatShard) else array.shape
+    if len(shape) > MAX_DIMENSIONS:
+        return f"{len(shape)} dimensions; a tensor has at most {MAX_DIMENSIONS}"
     if isinstance(value, Shard):
         return TensorLeaf(leaf, array, dtype, value.global_shape, value.region, None)
     if isinstance(value, FlatShard):
@@ -328,10 +339,8 @@ def as_array(value: object) -> np.ndarray | str:
     """View an array-like as numpy, sharing its memory where it can; a text if it isn't one."""
     if isinstance(value, np.ma.MaskedArray):
         return "a masked array; save its .data and .mask as two tensors"
-    if isinstance(value, np.ndarray):
-        return value
-    if isinstance(value, np.generic):
-        return np.asarray(value)
+    if isinstance(value, np.ndarray | np.generic):
+        return np.asarray(value)  # a matrix, say, becomes a plain array of the same memory
     source = value.detach() if hasattr(value, "detach") else value
     try:
         if hasattr(source, "__array__"):
@@ -356,4 +365,7 @@ def _type_name(value: object) -> str:
 
 
 def _ints(values: Sequence[int]) -> tuple[int, ...]:
-    return tuple(int(value) for value in values)
+    try:
+        return tuple(operator.index(value) for value in values)
+    except TypeError as exc:
+        raise LayoutError(f"{tuple(values)}: offsets and extents are whole numbers") from exc

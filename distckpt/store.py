@@ -13,15 +13,13 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import fsspec
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from distckpt.errors import CheckpointError, StoreError
-
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
 
 Buffer = memoryview | bytes
 
@@ -46,8 +44,8 @@ class Sink(Protocol):
 class Store(Protocol):
     """A flat namespace of objects under one URL.
 
-    Absence is an answer, so `FileNotFoundError` and `FileExistsError` pass; every other failure is
-    a `StoreError`.
+    Absence is an answer, so reading raises `FileNotFoundError`, and writing `FileExistsError`;
+    every other failure is a `StoreError`. Not collective; several threads use a store at once.
     """
 
     @property
@@ -55,7 +53,18 @@ class Store(Protocol):
         """Where it is, for messages."""
 
     def create(self, name: str, length_bytes: int) -> Sink:
-        """Begin a new object of a known length; a name is never created twice."""
+        """Begin a new object; a name is never created twice.
+
+        Args:
+            name: Its name.
+            length_bytes: How long it will be.
+
+        Returns:
+            Takes its content; nothing is visible before `Sink.commit`.
+
+        Raises:
+            StoreError: It can't be begun.
+        """
 
     def put(self, name: str, data: bytes, *, replace: bool) -> None:
         """Write a whole object atomically and durably: all of it or nothing is visible, ever.
@@ -63,10 +72,16 @@ class Store(Protocol):
         Raises:
             FileExistsError: It exists and `replace` is False. Of two that race, exactly one
                 succeeds.
+            StoreError: Anything else; whether the object is there must then be looked up.
         """
 
     def read_into(self, name: str, start_byte: int, buffer: memoryview) -> None:
-        """Fill a buffer from an object, from `start_byte` on.
+        """Fill a buffer from an object.
+
+        Args:
+            name: The object.
+            start_byte: First byte to read.
+            buffer: Writable bytes; its length says how many to read.
 
         Raises:
             FileNotFoundError: No such object.
@@ -81,7 +96,11 @@ class Store(Protocol):
         """
 
     def names(self, prefix: str = "") -> list[str]:
-        """List what lies directly under a prefix (``"a/"``), sorted, without the prefix; empty where nothing does."""
+        """List what lies directly under a prefix, sorted; empty where nothing does.
+
+        Args:
+            prefix: Empty, or ends with ``/``; it is no part of the names returned.
+        """
 
     def delete(self, names: Sequence[str]) -> None:
         """Delete objects for good; those that are gone already are fine."""
@@ -95,6 +114,9 @@ def open_store(
     Args:
         url: A path, or any URL that fsspec knows; a `Store` is returned as it is.
         storage_options: Passed to the fsspec file system.
+
+    Returns:
+        A `LocalStore` for a local path, else an `FsspecStore`.
 
     Raises:
         StoreError: An unknown scheme, or one whose library isn't installed.
@@ -112,7 +134,12 @@ def open_store(
 
 
 class PrefixStore:
-    """The objects of another store whose names begin with a prefix."""
+    """The objects of another store whose names begin with a prefix, such as one step's of a run.
+
+    Args:
+        store: The other store.
+        prefix: The prefix, without the ``/`` that follows it.
+    """
 
     def __init__(self, store: Store, prefix: str) -> None:
         self._store = store
@@ -171,12 +198,22 @@ def read_object(store: Store, name: str, *, limit_bytes: int = 1 << 31) -> bytes
 
 
 @contextmanager
-def _translated(where: str) -> Iterator[None]:
-    """Turn the foreign errors of a store into StoreError; absence passes."""
+def _translated(where: str, *, writes: bool = False) -> Iterator[None]:
+    """Turn the foreign errors of a store into StoreError.
+
+    Absence passes, but not in writing: there it means that the parent can't be made. What would lie
+    below a file is absent.
+    """
     try:
         yield
-    except (FileNotFoundError, FileExistsError, EOFError, CheckpointError):
+    except (FileExistsError, EOFError, CheckpointError):
         raise
+    except (FileNotFoundError, NotADirectoryError) as exc:
+        if writes:
+            raise StoreError(f"{where}: {exc}", url=where) from exc
+        if isinstance(exc, FileNotFoundError):
+            raise
+        raise FileNotFoundError(exc.errno, exc.strerror, where) from exc
     except OSError as exc:
         raise StoreError(f"{where}: {exc}", url=where) from exc
     except (ValueError, NotImplementedError, RuntimeError) as exc:
@@ -187,7 +224,11 @@ def _translated(where: str) -> Iterator[None]:
 
 
 class LocalStore:
-    """Objects as files below a directory, durable against power loss."""
+    """Objects as files below a directory, durable against power loss.
+
+    Args:
+        root: The directory; made with the first object.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -200,7 +241,7 @@ class LocalStore:
     def create(self, name: str, length_bytes: int) -> Sink:
         """See `Store`."""
         path = self._root / name
-        with _translated(str(path)):
+        with _translated(str(path), writes=True):
             return _LocalSink(path, length_bytes)
 
     def put(self, name: str, data: bytes, *, replace: bool) -> None:
@@ -208,7 +249,7 @@ class LocalStore:
         path = self._root / name
         # Not the final name plus a fixed ending: two jobs may be writing at once.
         partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
-        with _translated(str(path)):
+        with _translated(str(path), writes=True):
             try:
                 descriptor = _create_exclusively(partial)
                 try:
@@ -225,8 +266,8 @@ class LocalStore:
                         if exc.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
                             raise
                         raise StoreError(
-                            f"{path}: this file system has no hard links, which a first commit needs; "
-                            "save with overwrite=True, or to another file system",
+                            f"{path}: this file system has no hard links, which a first commit "
+                            "needs; save with overwrite=True, or to another file system",
                             url=str(path),
                         ) from exc
                 _sync_directory(path.parent)
@@ -264,7 +305,7 @@ class LocalStore:
         with _translated(str(path)):
             try:
                 return sorted(entry.name for entry in path.iterdir())
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return []
 
     def delete(self, names: Sequence[str]) -> None:
@@ -272,10 +313,10 @@ class LocalStore:
         paths = [self._root / name for name in names]
         with _translated(self.url):
             for path in paths:
-                with suppress(FileNotFoundError):
+                with suppress(FileNotFoundError, NotADirectoryError):
                     path.unlink()
             for directory in sorted({path.parent for path in paths}):
-                with suppress(FileNotFoundError):
+                with suppress(FileNotFoundError, NotADirectoryError):
                     _sync_directory(directory)
                 with suppress(OSError):
                     directory.rmdir()
@@ -291,11 +332,11 @@ class _LocalSink:
         self._descriptor = _create_exclusively(self._partial)
 
     def write_at(self, offset_bytes: int, data: Buffer) -> None:
-        with _translated(str(self._path)):
+        with _translated(str(self._path), writes=True):
             _write_all(self._descriptor, offset_bytes, data)
 
     def commit(self) -> None:
-        with _translated(str(self._path)):
+        with _translated(str(self._path), writes=True):
             os.fsync(self._descriptor)
             os.close(self._descriptor)
             self._descriptor = -1
@@ -351,7 +392,13 @@ def _write_all(descriptor: int, offset_bytes: int, data: Buffer) -> None:
 
 
 class FsspecStore:
-    """Objects of any fsspec file system: whole-object puts, multipart for large ones, ranged reads."""
+    """Objects of any fsspec file system: whole-object puts, large ones in parts, ranged reads.
+
+    Args:
+        file_system: The file system.
+        root: Path of the namespace in it.
+        url: The same as a URL.
+    """
 
     def __init__(self, file_system: AbstractFileSystem, root: str, url: str) -> None:
         self._fs = file_system
@@ -378,13 +425,13 @@ class FsspecStore:
 
     def create(self, name: str, length_bytes: int) -> Sink:
         """See `Store`."""
-        with _translated(self._where(name)):
+        with _translated(self._where(name), writes=True):
             self._make_parent(self._path(name))
             return _FsspecSink(self._fs, self._path(name), self._where(name), length_bytes)
 
     def put(self, name: str, data: bytes, *, replace: bool) -> None:
         """See `Store`."""
-        with _translated(self._where(name)):
+        with _translated(self._where(name), writes=True):
             self._make_parent(self._path(name))
             self._fs.pipe_file(self._path(name), data, mode="overwrite" if replace else "create")
 
@@ -397,12 +444,13 @@ class FsspecStore:
             data = self._fs.cat_file(self._path(name), start=start_byte, end=stop)
             if len(data) < len(buffer):
                 raise EOFError(
-                    f"{self._where(name)}: bytes {start_byte}:{stop} were asked for, {len(data)} came"
+                    f"{self._where(name)}: bytes {start_byte}:{stop} were asked for, {len(data)} "
+                    "came"
                 )
             if len(data) > len(buffer):
                 raise StoreError(
-                    f"{self._where(name)}: bytes {start_byte}:{stop} were asked for, {len(data)} bytes came: "
-                    "this server ignores ranges",
+                    f"{self._where(name)}: bytes {start_byte}:{stop} were asked for, {len(data)} "
+                    "came: this server ignores ranges",
                     url=self._where(name),
                 )
             buffer[:] = data
@@ -420,14 +468,17 @@ class FsspecStore:
             self._fs.invalidate_cache(self._root)
             try:
                 found = cast("list[str]", self._fs.ls(path, detail=False))
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return []
-        return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
+        # Of what is no directory, some file systems list the object itself.
+        below = (name.rstrip("/") for name in found if name.rstrip("/") != path)
+        return sorted(name.rpartition("/")[2] for name in below)
 
     def delete(self, names: Sequence[str]) -> None:
         """See `Store`."""
         for name in names:
-            with _translated(self._where(name)), suppress(FileNotFoundError):
+            absent = suppress(FileNotFoundError, NotADirectoryError)
+            with _translated(self._where(name)), absent:
                 self._fs.rm_file(self._path(name))
         if self._has_directories:
             for parent in sorted({self._path(name).rpartition("/")[0] for name in names}):
@@ -448,14 +499,14 @@ class _FsspecSink:
 
     def write_at(self, offset_bytes: int, data: Buffer) -> None:
         del offset_bytes  # offsets rise without gaps
-        with _translated(self._where):
+        with _translated(self._where, writes=True):
             if self._whole is not None:
                 self._whole += data
             elif self._file is not None:
                 self._file.write(data)
 
     def commit(self) -> None:
-        with _translated(self._where):
+        with _translated(self._where, writes=True):
             if self._whole is not None:
                 self._fs.pipe_file(self._path, bytes(self._whole))
             elif self._file is not None:

@@ -14,16 +14,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distckpt import codec
-from distckpt.errors import CheckpointError, from_plain, to_plain
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
 from distckpt.coordinator import (
     BACKGROUND_TAG,
     Coordinator,
+    MpiComm,
     Solo,
     as_mpi,
     duplicate,
@@ -32,6 +29,7 @@ from distckpt.coordinator import (
     launched_by_mpi,
     world,
 )
+from distckpt.errors import CheckpointError, from_plain, ranks_text, to_plain
 from distckpt.waiting import T, Waiting, drive
 
 logger = logging.getLogger(__name__)
@@ -45,6 +43,8 @@ _FLAT_BROADCAST = 64
 _GRACE_S = 15.0
 # How long a rank whose program ends with an error goes on driving its commits.
 _PATIENCE_AFTER_ERROR_S = 3.0
+# Left with a user's coordinator, so that its team is found again.
+_TEAM_ATTRIBUTE = "_distckpt_team"
 
 
 class Late(CheckpointError):
@@ -56,11 +56,9 @@ class Late(CheckpointError):
 
     def __init__(self, ranks: Iterable[int], waited_s: float, what: str) -> None:
         self.ranks = sorted(ranks)
-        many = "s" if len(self.ranks) > 1 else ""
-        listed = ", ".join(map(str, self.ranks[:20])) + (", …" if len(self.ranks) > 20 else "")
         super().__init__(
-            f"rank{many} {listed} did not {what} within {waited_s:.3g} s. Every rank must make the same calls; "
-            "a rank that needs longer needs a larger timeout_s"
+            f"{ranks_text(self.ranks, limit=20)} did not {what} within {waited_s:.3g} s. Every "
+            "rank must make the same calls; a rank that needs longer needs a larger timeout_s"
         )
 
 
@@ -94,7 +92,9 @@ class Team:
         return Operation(self.coordinator, self._operations, timeout_s)
 
     def advance_from_main(self, step: Callable[[], bool]) -> None:
-        """Have a protocol that no thread may drive advanced by whatever the main thread does here, and at exit.
+        """Have a protocol advanced by whatever the main thread does here, and at exit.
+
+        For one that no thread of its own may drive.
 
         Args:
             step: Advances it without blocking; returns whether it has ended.
@@ -281,14 +281,10 @@ def _check_same_call(calls: list[Any]) -> None:
     for rank, call in enumerate(calls):
         ranks.setdefault(call["call"], []).append(rank)
     if len(ranks) > 1:
-        lines = [
-            f"rank{'s' if len(found) > 1 else ''} {', '.join(map(str, found[:8]))}"
-            f"{', …' if len(found) > 8 else ''}: {text}"
-            for text, found in ranks.items()
-        ]
+        lines = [f"{ranks_text(found)}: {text}" for text, found in ranks.items()]
         raise CheckpointError(
-            "the ranks made different calls; every rank must make the same ones in the same order:\n  "
-            + "\n  ".join(lines)
+            "the ranks made different calls; every rank must make the same ones in the same order:"
+            "\n  " + "\n  ".join(lines)
         )
 
 
@@ -303,6 +299,9 @@ def connect(comm: object = None) -> Team:
     Raises:
         CheckpointError: None was given under torchrun with several ranks, or `comm` is something
             else.
+
+    Returns:
+        The team; the same for the same communicator.
 
     The first call with a communicator duplicates it, and so is collective.
     """
@@ -323,22 +322,22 @@ def connect(comm: object = None) -> Team:
     if communicator is not None:
         if not communicator:
             raise CheckpointError(
-                "comm is MPI.COMM_NULL: this rank is not in that communicator, and takes no part in "
-                "its saves and loads"
+                "comm is MPI.COMM_NULL: this rank is not in that communicator, and takes no part "
+                "in its saves and loads"
             )
         return _mpi_team(communicator)
     if isinstance(comm, Coordinator):
-        team = getattr(comm, "_distckpt_team", None)
-        if team is None:
+        team = getattr(comm, _TEAM_ATTRIBUTE, None)
+        if not isinstance(team, Team):
             team = Team(comm)
-            comm._distckpt_team = team  # type: ignore[attr-defined]
-        return team  # type: ignore[no-any-return]
+            setattr(comm, _TEAM_ATTRIBUTE, team)
+        return team
     raise CheckpointError(
         f"comm={comm!r}: expected an mpi4py communicator, a distckpt Coordinator, or None"
     )
 
 
-def _mpi_team(comm: MPI.Comm) -> Team:
+def _mpi_team(comm: MpiComm) -> Team:
     """Return the team kept with a communicator; make it at the first call.
 
     MPI libraries stop at about 2,000 communicators: the duplicates are made once.

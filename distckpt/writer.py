@@ -81,7 +81,12 @@ def build_images(
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A shard file's bytes before its table, copied, and their checksums."""
+    """A shard file's bytes before its table, copied, and their checksums.
+
+    Attributes:
+        buffer: The arena's; may be longer.
+        checksums: One a block.
+    """
 
     buffer: np.ndarray
     checksums: list[int]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -33,3 +38,67 @@ def pytest_ignore_collect(collection_path, config):
 def store(request, tmp_path):
     """An empty store, of each kind that needs no service."""
     return MemoryStore() if request.param == "memory" else open_store(tmp_path / "checkpoint")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job that has ended: mpirun's exit status, and all that its ranks have printed."""
+
+    status: int
+    output: str
+
+
+@pytest.fixture
+def mpirun(tmp_path):
+    """Run a job: `mpirun(ranks, program, *arguments, rc=…)` waits for its end, and kills what hangs.
+
+    `rc` sets mpi4py's options, such as ``thread_level=serialized``. Ranks run as ``python -m
+    mpi4py``, so that one that fails ends the job. The mpirun is the one beside this interpreter.
+    """
+    found = Path(sys.executable).with_name("mpirun")
+    if not found.exists():
+        pytest.skip("no mpirun beside this interpreter; pip install 'distckpt[mpi]' brings one")
+
+    def run(ranks, *program, rc=None, timeout_s=150.0, meanwhile=lambda _: None):
+        options = () if rc is None else ("-rc", rc)
+        command = [str(found), "-n", str(ranks), sys.executable, "-m", "mpi4py", *options, *program]
+        log = tmp_path / f"job-{len(list(tmp_path.glob('job-*')))}.out"
+        with log.open("wb") as output:
+            job = subprocess.Popen(
+                list(map(str, command)),
+                env=os.environ | _RANKS,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            meanwhile(job)
+            status = job.wait(timeout_s)
+        except BaseException as exc:
+            # What it has printed, stacks included, is what tells why it hangs.
+            job.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                job.wait(10)
+            exc.add_note(log.read_text(errors="replace"))
+            raise
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+        return Ended(status, log.read_text(errors="replace"))
+
+    return run
+
+
+_RANKS = {
+    # One thread a rank: there are more ranks than cores.
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    # OpenMPI refuses that, and root, unless told otherwise; without ofi it starts faster.
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_btl": "^ofi",
+    "OMPI_MCA_mtl": "^ofi",
+}

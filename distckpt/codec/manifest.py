@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from distckpt import dtypes
 from distckpt._pb import manifest_pb2 as pb
 from distckpt.codec.envelope import unwrap, wrap
-from distckpt.codec.plain import MAX_DIMENSIONS, from_value, to_value
+from distckpt.codec.plain import from_value, to_value
 from distckpt.errors import CorruptCheckpoint, UnsupportedFormat
 from distckpt.layout import BALANCED, CEILING, Grid, Layout, wrong_covers
 from distckpt.manifest import (
@@ -23,10 +23,14 @@ from distckpt.manifest import (
     pad_columns,
     table_bytes,
 )
+from distckpt.region import MAX_DIMENSIONS
 
 MAX_BYTES = 1 << 62
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_BLOCK_BYTES = 1 << 30
+# Cells of a grid for each file: a file holds a box or a few of a tensor. A few bytes must not
+# expand to any number of boxes.
+_MOST_CELLS = 64
 _RULES = {BALANCED: pb.BALANCED, CEILING: pb.CEILING}
 
 
@@ -39,7 +43,7 @@ def encode(manifest: Manifest) -> bytes:
         block_bytes=manifest.block_bytes,
         step=manifest.step,
         tensors=_encode_tensors(manifest),
-        layouts=_encode_layouts(manifest.layouts),
+        layouts=_encode_layouts(manifest.layouts, len(manifest.file_length)),
         files=pb.Files(
             length=manifest.file_length.tolist(),
             data_start=manifest.file_data_start.tolist(),
@@ -78,13 +82,13 @@ def _encode_tensors(manifest: Manifest) -> Any:
     )
 
 
-def _encode_layouts(layouts: Sequence[Layout]) -> Any:
+def _encode_layouts(layouts: Sequence[Layout], files: int) -> Any:
     message = pb.Layouts()
     for layout in layouts:
         message.ndim.append(len(layout.shape))
         message.shape.extend(layout.shape)
         grid = layout.grid()
-        if grid is None:
+        if grid is None or len(layout) > _MOST_CELLS * files:
             message.boxes.append(len(layout))
             message.start.extend(layout.start.reshape(-1).tolist())
             message.extent.extend((layout.stop - layout.start).reshape(-1).tolist())
@@ -111,6 +115,8 @@ def decode(data: bytes, *, path: str = "manifest") -> Manifest:
         return _decode(message)
     except CorruptCheckpoint as exc:
         raise CorruptCheckpoint(f"{path}: {exc}", path=path) from exc
+    except UnsupportedFormat as exc:
+        raise UnsupportedFormat(f"{path}: {exc}") from exc
     except (DecodeError, ValueError, TypeError, RecursionError) as exc:
         raise CorruptCheckpoint(f"{path}: not a valid manifest: {exc}", path=path) from exc
 
@@ -238,9 +244,12 @@ def _decode_layouts(message: Any, files: int) -> list[Layout]:
                 int(file_base[at_base]),
                 tuple(file_stride[cells].tolist()),
             )
-            # A rank holds a box or a few of a tensor, so a grid has no more cells than that.
-            _need(math.prod(grid.parts) <= 64 * files, f"a grid of {grid.parts} over {files} files")
+            _need(
+                math.prod(grid.parts) <= _MOST_CELLS * files,
+                f"a grid of {grid.parts} over {files} files",
+            )
             layouts.append(Layout.of_grid(whole, grid))
+            _need(len(layouts[-1]) == math.prod(grid.parts), f"a grid of {grid.parts} of {whole}")
             _need(
                 ((layouts[-1].file >= 0) & (layouts[-1].file < files)).all(),
                 "a grid lies in a file that does not exist",

@@ -17,9 +17,10 @@ from google.protobuf.message import DecodeError
 from distckpt import dtypes
 from distckpt._pb import manifest_pb2 as pb
 from distckpt.errors import CorruptCheckpoint, LayoutError
+from distckpt.region import MAX_DIMENSIONS
 
-MAX_DIMENSIONS = 32
-MAX_DEPTH = 60
+# protobuf refuses messages nested deeper than 100, and a list or a dict is two of them.
+MAX_DEPTH = 40
 
 
 def pack(value: object) -> bytes:
@@ -30,7 +31,7 @@ def pack(value: object) -> bytes:
             tuples and dicts (keys are plain) of these.
 
     Raises:
-        LayoutError: A value of another type, or nested deeper than 60.
+        LayoutError: A value of another type, or nested deeper than 40.
     """
     arrays: list[np.ndarray] = []
     tree = to_value(value, arrays, "value").SerializeToString()

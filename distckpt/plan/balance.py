@@ -56,4 +56,5 @@ def _pour(level: np.ndarray, amount: float) -> np.ndarray:
     # With the k lowest filled, the surface stands at (amount + sum of their levels) / k.
     surface = (amount + np.cumsum(sorted_level)) / np.arange(1, len(level) + 1)
     filled = int(np.flatnonzero(surface >= sorted_level)[-1])
-    return (surface[filled] - level).clip(min=0.0)
+    poured: np.ndarray = np.maximum(surface[filled] - level, 0.0)
+    return poured

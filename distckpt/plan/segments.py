@@ -49,7 +49,16 @@ class Items:
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """All tensors: names, dtype codes, true dimensions, padded shapes, elements."""
+    """All tensors, in columns.
+
+    Attributes:
+        names: Their names, in the order in which they were first seen.
+        dtype: (tensors,) dtype codes.
+        ndim: (tensors,) dimensions before padding.
+        shape: (tensors, width) padded shapes.
+        size: (tensors,) elements.
+        itemsize: (tensors,) bytes of an element.
+    """
 
     names: tuple[str, ...]
     dtype: np.ndarray
@@ -71,6 +80,17 @@ class Segments:
     and where in the item's C order the segment begins. A segment is a box with its own C order, or
     a run of the whole tensor, whose box is then the whole tensor and `first` the element where it
     begins.
+
+    Attributes:
+        tensor: (segments,) index of its tensor.
+        start: (segments, width) the box.
+        stop: (segments, width).
+        first: (segments,) first element in the C order of the box; 0 unless it is a run.
+        size: (segments,) elements.
+        pair_segment: (pairs,) the segment.
+        pair_rank: (pairs,) a rank that holds it.
+        pair_item: (pairs,) the rank's item that it lies in.
+        pair_source: (pairs,) its first element in the item's C order.
     """
 
     tensor: np.ndarray
