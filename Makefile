@@ -4,7 +4,7 @@
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 
 # What is run a second time under OpenMPI.
-MPI_TESTS := tests/mpi
+MPI_TESTS := tests/test_mpi.py
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c

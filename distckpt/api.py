@@ -72,7 +72,7 @@ def save(
 
     All are raised on every rank alike, and nothing is committed.
     """
-    team = connect(comm)
+    team = connect(comm, timeout_s=timeout_s)
     options = Options(
         overwrite=overwrite,
         replicas=replicas,
@@ -130,7 +130,8 @@ def save_async(
         metadata=metadata,
         timeout_s=timeout_s,
     )
-    return start_save(connect(comm), url, state, options, storage_options=storage_options)
+    team = connect(comm, timeout_s=timeout_s)
+    return start_save(team, url, state, options, storage_options=storage_options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +188,7 @@ def plan(
         LayoutError: As in `save`.
         SaveFailed: A rank failed or was late.
     """
-    team = connect(comm)
+    team = connect(comm, timeout_s=timeout_s)
     flat, failure = FlatState([], {}, {}), None
     try:
         flat = flatten(state)
@@ -329,4 +330,5 @@ def load_into(
     options = LoadOptions(
         strict, filter_prefix, only_prefix, select, rename, cast, verify, per_rank, timeout_s
     )
-    return load_net(connect(comm), url, net, options, storage_options=storage_options)
+    team = connect(comm, timeout_s=timeout_s)
+    return load_net(team, url, net, options, storage_options=storage_options)

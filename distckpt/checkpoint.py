@@ -26,7 +26,14 @@ from distckpt.loader import load_into as load_net
 from distckpt.manifest import Manifest, Pieces
 from distckpt.match import Prefixes, Rename
 from distckpt.plan import Wants, plan_read
-from distckpt.reader import BlockReader, Work, exchange, read_manifest, stored_files
+from distckpt.reader import (
+    BlockReader,
+    Work,
+    exchange,
+    read_manifest,
+    stored_files,
+    was_replaced,
+)
 from distckpt.region import Region
 from distckpt.store import Store
 from distckpt.team import Operation, Team, connect
@@ -167,7 +174,7 @@ class Checkpoint:
         Raises:
             CheckpointError: As in `distckpt.load_into`.
         """
-        team = Team(Solo()) if comm is None else connect(comm)
+        team = Team(Solo()) if comm is None else connect(comm, timeout_s=timeout_s)
         options = LoadOptions(
             strict, filter_prefix, only_prefix, select, rename, cast, verify, per_rank, timeout_s
         )
@@ -181,17 +188,20 @@ class Checkpoint:
 
         Raises:
             CorruptCheckpoint: All damage at once: which file and bytes, and the tensors in them.
+            IncompleteCheckpoint: Another save has replaced it meanwhile.
         """
         manifest = self.manifest
         files = stored_files(manifest)
         blocks = BlockReader(self._store, dict(enumerate(files)), manifest.block_bytes)
         damage: list[str] = []
         first: CheckpointError | None = None
+        missing: IncompleteCheckpoint | None = None
         for number, stored in enumerate(files):
             try:
                 self._check_length(stored.name, int(manifest.file_length[number]))
                 blocks.table(number)
             except CheckpointError as exc:
+                missing = exc if isinstance(exc, IncompleteCheckpoint) else missing
                 damage.append(f"{exc} (holds {self._tensors_in(number, 0, stored.table_start)})")
                 first = first or exc
                 continue
@@ -203,6 +213,7 @@ class Checkpoint:
                     held = self._tensors_in(number, start, start + manifest.block_bytes)
                     damage.append(f"{exc} (holds {held})")
                     first = first or exc
+        self._refuse_replaced(missing)
         if damage:
             raise CorruptCheckpoint(
                 f"{self.url}: {len(damage)} damaged places:\n  " + "\n  ".join(damage),
@@ -210,6 +221,15 @@ class Checkpoint:
                 offset_bytes=getattr(first, "offset_bytes", None),
             )
         return blocks.bytes_read
+
+    def _refuse_replaced(self, failure: CheckpointError | None) -> None:
+        """Say so, where a file is missing because another save has replaced this checkpoint."""
+        if isinstance(failure, IncompleteCheckpoint) and was_replaced(
+            self._store, self.manifest.save_id
+        ):
+            raise IncompleteCheckpoint(
+                f"{self.url}: the checkpoint was replaced while it was being read: open it again"
+            ) from failure
 
     def _check_length(self, name: str, expected: int) -> None:
         try:
@@ -270,6 +290,7 @@ class Checkpoint:
         operation = Operation(Solo(), 0, 0.0)
         failure = drive(exchange(operation, 2, work, blocks, dtype_of=lambda _: out.dtype, put=put))
         if failure is not None:
+            self._refuse_replaced(failure)
             raise failure
 
     def _read_tensor(self, name: str, region: Region) -> np.ndarray:
@@ -374,12 +395,16 @@ class StoredTensor:
             CheckpointError: As in `read`.
         """
         entries = list(index) if isinstance(index, tuple) else [index]
-        if Ellipsis in entries:
-            at = entries.index(Ellipsis)
-            entries[at : at + 1] = [slice(None)] * (self.ndim - len(entries) + 1)
-        entries += [slice(None)] * (self.ndim - len(entries))
-        if len(entries) != self.ndim:
-            raise IndexError(f"{len(entries)} indices for {self.name!r} of {self.ndim} dimensions")
+        # By identity: an entry may be an array, which compares by element.
+        ellipses = [at for at, entry in enumerate(entries) if entry is Ellipsis]
+        if len(entries) - len(ellipses) > self.ndim or len(ellipses) > 1:
+            raise IndexError(
+                f"{len(entries) - len(ellipses)} indices and {len(ellipses)} Ellipsis for "
+                f"{self.name!r} of {self.ndim} dimensions"
+            )
+        at = ellipses[0] if ellipses else len(entries)
+        rest: list[object] = [slice(None)] * (self.ndim - len(entries) + len(ellipses))
+        entries[at : at + 1] = rest
         start, stop = [], []
         inner: list[slice | int] = []
         for dim, (entry, extent) in enumerate(zip(entries, self.shape, strict=True)):
@@ -409,7 +434,9 @@ class StoredTensor:
                 )
             start.append(low)
             stop.append(high)
-        found: np.ndarray = self.read(Region(tuple(start), tuple(stop)))[tuple(inner)]
+        box = self.read(Region(tuple(start), tuple(stop)))
+        # As numpy has it: with an Ellipsis, what has no dimension left is an array, too.
+        found: np.ndarray = box[(*inner, ...)] if ellipses else box[tuple(inner)]
         return found
 
     def __array__(self, dtype: np.dtype | None = None, *, copy: bool | None = None) -> np.ndarray:

@@ -119,15 +119,17 @@ def size_text(size_bytes: int) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; plainly where rich is not installed, or nobody is looking."""
+    rows = [[_printable(cell) for cell in row] for row in rows]
     if sys.stdout.isatty() and find_spec("rich") is not None:
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(box=None, show_header=any(header), header_style="bold", pad_edge=False)
         for title in header:
             table.add_column(title, overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # a str could hold markup
         Console().print(table)
         return
     lines = [header, *rows] if any(header) else list(rows)
@@ -135,3 +137,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for line in lines:
         cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
         sys.stdout.write("  ".join(cells).rstrip() + "\n")
+
+
+def _printable(cell: str) -> str:
+    """Escape what is no printable character: a stranger's names must not drive the terminal."""
+    return cell if cell.isprintable() else repr(cell)[1:-1]

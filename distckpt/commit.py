@@ -77,6 +77,7 @@ def write(save: Save) -> None:
     try:
         for file, image in save.images.items():
             name = shard_name(file, save.files, save.save_id)
+            save.begun.append(name)
             save.written.append(
                 write_file(save.store, name, image, save.staged.get(file), file=file)
             )
@@ -125,8 +126,10 @@ def commit(save: Save) -> Waiting[Manifest | None]:
     try:
         result = yield from operation.broadcast(1, result, "decide whether the save is committed")
     except Late as late:
+        save.known.stale = True
         raise late_error(late, store.url, committed=None) from late
     if result["error"] is not None:
+        save.known.stale = True
         error = from_plain(result["error"])
         if getattr(error, "committed", False) is False:
             _discard(save)
@@ -143,13 +146,13 @@ def _failed_at_coordinator(store: Store, exc: Exception) -> SaveFailed:
 
 def _discard(save: Save) -> None:
     """Delete the files of a save that will never be committed."""
-    names = [shard_name(record.file, save.files, save.save_id) for record in save.written]
-    if names:
+    # Also one whose writing failed: the store may have kept it all the same.
+    if save.begun:
         try:
-            save.store.delete(names)
+            save.store.delete(save.begun)
         except (OSError, CheckpointError) as exc:
             logger.warning(
-                "%s: %d files of a failed save are left: %s", save.store.url, len(names), exc
+                "%s: %d files of a failed save are left: %s", save.store.url, len(save.begun), exc
             )
 
 

@@ -15,7 +15,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 from distckpt.errors import CheckpointError
-from distckpt.waiting import Waiting, drive
+from distckpt.waiting import Backlog, Waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -202,7 +202,7 @@ def duplicate(comm: MPI.Comm, *, timeout_s: float = 600.0) -> MpiCoordinator:
         CheckpointError: Not all ranks came in time.
     """
     _free_abandoned()
-    return MpiCoordinator(*drive(_duplicates(comm, timeout_s)))
+    return MpiCoordinator(*backlog().drive(_duplicates(comm, timeout_s)))
 
 
 def _duplicates(comm: MPI.Comm, timeout_s: float) -> Waiting[tuple[MPI.Comm, MPI.Comm]]:
@@ -242,6 +242,7 @@ class _Marks:
 
     Attributes:
         keyval: The key of our attribute.
+        backlog: What the main thread drives, over whatever communicator.
         abandoned: Users and coordinators whose communicator is gone.
     """
 
@@ -249,6 +250,7 @@ class _Marks:
         from mpi4py import MPI
 
         self.keyval = MPI.Comm.Create_keyval(delete_fn=self._abandon)
+        self.backlog = Backlog()
         self.abandoned: list[tuple[weakref.ref[object], MpiCoordinator]] = []
 
     def _abandon(self, comm: MPI.Comm, keyval: int, kept: tuple[object, MpiCoordinator]) -> None:
@@ -266,6 +268,11 @@ def _marks() -> _Marks:
         marks = _Marks()
         MPI._distckpt = marks  # type: ignore[attr-defined]
     return marks
+
+
+def backlog() -> Backlog:
+    """Return what the main thread of this process has to drive where MPI allows no other to."""
+    return _marks().backlog
 
 
 def _free_abandoned() -> None:

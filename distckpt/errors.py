@@ -177,11 +177,13 @@ _CLASSES: dict[str, type[CheckpointError]] = {
 def to_plain(error: BaseException) -> dict[str, object]:
     """Take an error apart into plain values, to be sent to other ranks.
 
-    A foreign exception becomes a `CheckpointError` whose text begins with its type.
+    A foreign exception becomes a `CheckpointError` whose text begins with its type; a subclass that
+    the tree doesn't know becomes what it is derived from.
     """
     if isinstance(error, CheckpointError):
+        kind = next(base.__name__ for base in type(error).__mro__ if base.__name__ in _CLASSES)
         attributes = {name: getattr(error, name) for name in _ATTRIBUTES if hasattr(error, name)}
-        return {"kind": type(error).__name__, "message": str(error), "attributes": attributes}
+        return {"kind": kind, "message": str(error), "attributes": attributes}
     message = f"{type(error).__name__}: {error}"
     return {"kind": "CheckpointError", "message": message, "attributes": {}}
 
@@ -236,7 +238,8 @@ def raise_together(
         for rank, error in errors.items():
             messages.setdefault(error["message"], []).append(rank)
         lines = [f"{url}: on {ranks_text(found)}: {message}" for message, found in messages.items()]
-        raise from_plain({**first, "message": "\n".join(lines)})
+        attributes = _united([error["attributes"] for error in errors.values()])
+        raise from_plain({**first, "message": "\n".join(lines), "attributes": attributes})
     texts = {rank: f"{error['kind']}: {error['message']}" for rank, error in errors.items()}
     listed = "\n  ".join(f"rank {rank}: {found}" for rank, found in texts.items())
     raise kind(
@@ -244,6 +247,18 @@ def raise_together(
         failures=texts,
         **attributes,
     )
+
+
+def _united(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Unite the attributes of errors of one kind: all names that any rank reports."""
+    united = dict(found[0])
+    for attributes in found[1:]:
+        for name, value in attributes.items():
+            if isinstance(value, dict):
+                united[name] = united[name] | value
+            elif isinstance(value, list):
+                united[name] = list(dict.fromkeys([*united[name], *value]))
+    return united
 
 
 def ranks_text(ranks: Sequence[int], limit: int = 8) -> str:

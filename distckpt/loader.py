@@ -33,6 +33,7 @@ from distckpt.reader import (
     fragments_from_plain,
     read_manifest,
     stored_dtype,
+    was_replaced,
 )
 from distckpt.region import Region
 from distckpt.state import Leaf, PerRank
@@ -279,8 +280,10 @@ def _execute(
         try:
             _finish(wanted, part)
             for name, value in per_rank.items():
+                touched[name] = None
                 _replace(wanted.per_rank[name], PerRank(value))
             for name, value in part.values.items():
+                touched[name] = None
                 _replace(wanted.values[name], value)
         except Exception as exc:  # noqa: BLE001  a net's own assign() may raise anything
             failure = CheckpointError(text(exc))
@@ -332,19 +335,10 @@ class _Settle:
         errors = {rank: found["error"] for rank, found in enumerate(outcomes) if found["error"]}
         names = list(dict.fromkeys(name for found in outcomes for name in found["touched"]))
         verb = "load"
-        if (
-            any(error["kind"] == "IncompleteCheckpoint" for error in errors.values())
-            and self._replaced()
-        ):
+        missing = any(error["kind"] == "IncompleteCheckpoint" for error in errors.values())
+        if missing and was_replaced(self.store, self.save_id):
             verb = "load (the checkpoint was replaced while it was being read: load it again)"
         raise_together(errors, self.store.url, LoadFailed, verb, own_kind=not names, touched=names)
-
-    def _replaced(self) -> bool:
-        """Whether another save has taken the checkpoint's place, and deleted its files."""
-        try:
-            return read_manifest(self.store).save_id != self.save_id
-        except (CheckpointError, OSError):
-            return False
 
 
 def _refuse_loss(lost: Mapping[str, int], destinations: Sequence[Destination]) -> None:

@@ -16,6 +16,7 @@ from distckpt.errors import (
     CheckpointNotFound,
     IncompleteCheckpoint,
     LoadFailed,
+    StoreError,
 )
 from distckpt.load_plan import LoadOptions, ResolvePerRank
 from distckpt.loader import LoadReport
@@ -68,7 +69,7 @@ class Manager:
         storage_options: StorageOptions = None,
     ) -> None:
         self._store: Store = open_store(root, storage_options=storage_options)
-        self._team: Team = connect(comm)
+        self._team: Team = connect(comm, timeout_s=timeout_s)
         self._policy = save
         self._keep = keep
         self._replicas = replicas
@@ -184,7 +185,7 @@ class Manager:
         """List the steps of the committed checkpoints, ascending. Not collective.
 
         Raises:
-            StoreError: The store can't be listed.
+            StoreError: The store can't be listed or read.
         """
         found = []
         for name in self._store.names():
@@ -198,6 +199,9 @@ class Manager:
             open_checkpoint(PrefixStore(self._store, name))
         except (CheckpointNotFound, IncompleteCheckpoint):
             return False
+        except StoreError:
+            # Nobody knows what is there: a run that went on without it could start anew.
+            raise
         except CheckpointError as exc:
             logger.warning("%s/%s: this checkpoint can't be opened: %s", self._store.url, name, exc)
             return False

@@ -177,6 +177,8 @@ class Manifest:
 
     def blob_place(self, name: str, rank: int) -> tuple[int, int, int]:
         """Return the file, first byte and length of one rank's blob; length 0 where it has none."""
+        if not self.per_rank[name][rank]:
+            return 0, 0, 0
         file = int(self.per_rank_file[rank])
         offset = int(self.file_data_start[file] + self.file_data_bytes[file])
         for other, lengths in self.per_rank.items():

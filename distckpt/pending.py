@@ -82,7 +82,7 @@ class PendingCheckpoint:
         )
         self._thread.start()
         if not concurrent:
-            team.advance_from_main(self._advance)
+            team.backlog.add(self._advance)
 
     def __repr__(self) -> str:
         state = (
@@ -104,7 +104,7 @@ class PendingCheckpoint:
     def done(self) -> bool:
         """Whether it has ended, well or not. Never blocks; not collective."""
         if not self._team.coordinator.concurrent:
-            self._advance()
+            self._team.backlog.advance()
         return self._ended.is_set()
 
     def wait(self, timeout_s: float | None = None) -> Checkpoint:
@@ -127,7 +127,6 @@ class PendingCheckpoint:
         else:
             pause_s = 2e-5
             while not self.done() and (deadline is None or time.monotonic() < deadline):
-                self._team.advance()
                 time.sleep(pause_s)
                 pause_s = min(1.6 * pause_s, 2e-3)
         if self._ended.is_set():
@@ -141,7 +140,8 @@ class PendingCheckpoint:
         """Wait until all is done, also what follows the commit. Raises nothing; not collective."""
         if self._team.coordinator.concurrent:
             self._closed.wait()
-        while not self._advance():
+        while not self._closed.is_set():
+            self._team.backlog.advance()
             time.sleep(1e-3)
 
     def _write(self) -> None:

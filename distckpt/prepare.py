@@ -39,7 +39,7 @@ from distckpt.plan import (
     narrow,
     plan_write,
 )
-from distckpt.shardfile import ShardImage, checksum_run
+from distckpt.shardfile import RESERVED_KEYS, ShardImage, checksum_run
 from distckpt.state import FlatState, flatten
 from distckpt.store import Store, open_store
 from distckpt.team import COORDINATOR, Late, Operation, Team
@@ -74,7 +74,7 @@ class Options:
     def planning(self) -> str:
         """The options that a plan depends on, as text."""
         # The order of the rules counts: the first that fits does.
-        rules = self.replicas if isinstance(self.replicas, str) else dict(self.replicas)
+        rules = dict(self.replicas) if isinstance(self.replicas, Mapping) else self.replicas
         return f"replicas={rules!r}, max_shard_bytes={self.max_shard_bytes}"
 
     def __str__(self) -> str:
@@ -96,6 +96,7 @@ class _Known:
     files: int
     plan: WritePlan | None  # at the coordinator
     saves: int = 0
+    stale: bool = False  # a save failed: plan anew, and compare the replicas in full
 
 
 @dataclass(slots=True)
@@ -125,6 +126,12 @@ class _Mine:
         self.store = open_store(url, storage_options=storage_options)
         self.where = self.store.url
         self.flat = flatten(state)
+        # Here, and not where a file of it is made: whether a tensor is cut decides about its key.
+        reserved = [leaf.name for leaf in self.flat.tensors if leaf.name in RESERVED_KEYS]
+        if reserved:
+            raise LayoutError(
+                f"{', '.join(map(repr, reserved))}: shard files need this name; rename the tensor"
+            )
         self.held = describe(self.flat.tensors, list(self.flat.per_rank))
         for name, leaf in self.flat.values.items():
             self.values[name] = codec.encode_value(leaf.value)
@@ -158,7 +165,9 @@ class Save:
         values: The plain values of all ranks.
         metadata: The user's own; at the coordinator only.
         metrics: Numbers by name; at the coordinator only.
+        known: The plan, to be marked as stale if the save fails.
         failure: What went wrong on this rank (`to_plain`).
+        begun: Names of the files that were begun, whether or not they are there.
         written: The files that are there.
     """
 
@@ -176,7 +185,9 @@ class Save:
     values: dict[str, object]
     metadata: Mapping[str, object] | None
     metrics: Mapping[str, float] | None
+    known: _Known
     failure: dict[str, object] | None = None
+    begun: list[str] = field(default_factory=list)
     written: list[FileRecord] = field(default_factory=list)
 
 
@@ -237,6 +248,7 @@ def prepare(
         shared["values"],
         mine.metadata,
         mine.metrics,
+        known,
     )
     try:
         save.images = build_images(mine.flat.tensors, known.part, mine.blobs, rank=team.rank)
@@ -262,6 +274,7 @@ def _agree(
     plans: dict[bytes, _Known] = team.memory.setdefault("plans", {})
     digest = _digest(mine.held, options)
     known = plans.get(digest)
+    known = None if known is None or known.stale else known
 
     def decide(calls: list[Any]) -> list[Any]:
         raise_together(
@@ -286,7 +299,8 @@ def _agree(
         {
             "call": f"save to {where!r}{options}",
             "error": None if mine.failure is None else to_plain(mine.failure),
-            "generation": known.generation if known else None,
+            # Ranks that differ in what to compare next would compare nothing.
+            "generation": (known.generation, known.saves) if known else None,
             "values": _digest_values(values),
         },
         decide,
@@ -306,19 +320,12 @@ def _agree(
             )
         except Late as late:
             plans.clear()
-            yield from operation.scatter(3, [{"error": to_plain(late)}] * team.size, "plan")
+            yield from operation.scatter(3, [{"late": late.told}] * team.size, "plan")
             raise
         parts: list[Any] | None = None
         if described is not None:
             try:
-                if answer["values"]:
-                    merged = _merge_values([found["values"] for found in described])
-                if answer["plan"]:
-                    plan = plan_write(
-                        [holdings_from_plain(found["holdings"]) for found in described],
-                        replicas=options.replicas,
-                        max_shard_bytes=options.max_shard_bytes,
-                    )
+                plan, merged = _plan(described, merged, answer, options, known)
                 parts = [
                     {
                         "error": None,
@@ -331,6 +338,9 @@ def _agree(
                 parts = [{"error": to_plain(exc)}] * team.size
                 plans.clear()
         told = yield from operation.scatter(3, parts, f"plan the save to {where}")
+        if "late" in told:
+            plans.clear()
+            raise Late(*told["late"])
         if told["error"] is not None:
             plans.clear()
             raise from_plain(told["error"])
@@ -346,6 +356,32 @@ def _agree(
         **answer,
         "values": {name: codec.decode_value(found) for name, found in merged.items()},
     }
+
+
+def _plan(
+    described: Sequence[Mapping[str, Any]],
+    values: dict[str, bytes],
+    answer: Mapping[str, bool],
+    options: Options,
+    known: _Known | None,
+) -> tuple[WritePlan | None, dict[str, bytes]]:
+    """At the coordinator: plan if that is needed, and unite the ranks' plain values.
+
+    Raises:
+        LayoutError: What the ranks hold does not fit together.
+    """
+    plan = None if known is None else known.plan
+    if answer["values"]:
+        values = _merge_values([found["values"] for found in described])
+    if answer["plan"]:
+        plan = plan_write(
+            [holdings_from_plain(found["holdings"]) for found in described],
+            replicas=options.replicas,
+            max_shard_bytes=options.max_shard_bytes,
+        )
+    if plan is not None:
+        _refuse_two_kinds(plan, values)
+    return plan if answer["plan"] else None, values
 
 
 def _copied(value: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -442,6 +478,28 @@ def _merge_values(found: Sequence[Mapping[str, bytes]]) -> dict[str, bytes]:
             "purpose in PerRank:\n  " + "\n  ".join(lines)
         )
     return merged
+
+
+def _refuse_two_kinds(plan: WritePlan, values: Mapping[str, bytes]) -> None:
+    """Check that no name is one thing on one rank, and another on another.
+
+    Raises:
+        LayoutError: Names that are: all of them.
+    """
+    kinds: dict[str, list[str]] = {}
+    for kind, names in (
+        ("a tensor", plan.names),
+        ("a per-rank value", plan.per_rank),
+        ("a plain value", values),
+    ):
+        for name in names:
+            kinds.setdefault(name, []).append(kind)
+    wrong = [f"{name!r}: {' and '.join(found)}" for name, found in kinds.items() if len(found) > 1]
+    if wrong:
+        raise LayoutError(
+            f"{len(wrong)} names are of different kinds on different ranks:\n  "
+            + "\n  ".join(wrong)
+        )
 
 
 def _check_replicas(flat: FlatState, known: _Known) -> dict[str, np.ndarray]:

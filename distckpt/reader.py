@@ -69,6 +69,14 @@ def read_manifest(store: Store) -> Manifest:
     raise CheckpointNotFound(f"{store.url}: expected a checkpoint ({MANIFEST_NAME}), found {found}")
 
 
+def was_replaced(store: Store, save_id: int) -> bool:
+    """Whether another save has taken a checkpoint's place, and so may have deleted its files."""
+    try:
+        return read_manifest(store).save_id != save_id
+    except (CheckpointError, OSError):
+        return False
+
+
 def stored_files(manifest: Manifest) -> list[StoredFile]:
     """List a checkpoint's files."""
     starts = manifest.file_table_start.tolist()

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# The most that a checkpoint holds, and so part of the file format.
-MAX_DIMENSIONS = 32
-
 
 @dataclass(frozen=True, slots=True, order=True)
 class Region:

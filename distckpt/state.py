@@ -14,10 +14,15 @@ import numpy as np
 
 from distckpt import dtypes
 from distckpt.errors import LayoutError
-from distckpt.region import MAX_DIMENSIONS, Region, boxes_of_run
+from distckpt.region import Region, boxes_of_run
 
 Plain = int | float | bool | str | bytes | None
 PLAIN = (int, float, str, bytes, type(None))
+
+# Part of the file format: readers refuse more. An extent of 0 counts as 1.
+MAX_NAME_BYTES = 1 << 16
+MAX_DIMENSIONS = 32
+MAX_TENSOR_BYTES = 1 << 62
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -234,9 +239,11 @@ def _name_problem(name: str) -> str | None:
     if "\0" in name:
         return f"{name!r}: a name can't hold a NUL character"
     try:
-        name.encode()
+        length = len(name.encode())
     except UnicodeEncodeError as exc:
         return f"{name!r}: not valid Unicode ({exc.reason})"
+    if length > MAX_NAME_BYTES:
+        return f"{name[:40]!r}…: a name of {length} bytes; a name has at most {MAX_NAME_BYTES}"
     return None
 
 
@@ -255,11 +262,11 @@ def _walk(node: object, prefix: str, above: tuple[int, ...], problems: list[str]
 
 
 def _is_container(value: object) -> bool:
-    if isinstance(value, (np.ndarray, Shard, FlatShard, PerRank)):
+    if isinstance(value, (np.ndarray, Shard, FlatShard, PerRank, type)):
         return False
     return (
         isinstance(value, (Mapping, list, tuple))
-        or (dataclasses.is_dataclass(value) and not isinstance(value, type))
+        or dataclasses.is_dataclass(value)
         or isinstance(value, Net)
     )
 
@@ -328,6 +335,8 @@ def _tensor(leaf: Leaf) -> TensorLeaf | str:
     shape = value.global_shape if isinstance(value, Shard | FlatShard) else array.shape
     if len(shape) > MAX_DIMENSIONS:
         return f"{len(shape)} dimensions; a tensor has at most {MAX_DIMENSIONS}"
+    if math.prod(extent or 1 for extent in shape) * dtype.itemsize > MAX_TENSOR_BYTES:
+        return f"a shape of {tuple(shape)}; a tensor has at most {MAX_TENSOR_BYTES} bytes"
     if isinstance(value, Shard):
         return TensorLeaf(leaf, array, dtype, value.global_shape, value.region, None)
     if isinstance(value, FlatShard):

@@ -10,8 +10,9 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
@@ -25,6 +26,8 @@ Buffer = memoryview | bytes
 
 # Object stores have no directories; asking them to make one can even fail.
 _WITHOUT_DIRECTORIES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "http", "https"})
+# memory:// looks whether an object is there, and then creates it: two threads can both win.
+_MEMORY = threading.Lock()
 
 
 class Sink(Protocol):
@@ -407,6 +410,7 @@ class FsspecStore:
         protocols = file_system.protocol
         names = {protocols} if isinstance(protocols, str) else set(protocols)
         self._has_directories = not names & _WITHOUT_DIRECTORIES
+        self._one_at_a_time = _MEMORY if "memory" in names else nullcontext()
 
     @property
     def url(self) -> str:
@@ -431,7 +435,7 @@ class FsspecStore:
 
     def put(self, name: str, data: bytes, *, replace: bool) -> None:
         """See `Store`."""
-        with _translated(self._where(name), writes=True):
+        with _translated(self._where(name), writes=True), self._one_at_a_time:
             self._make_parent(self._path(name))
             self._fs.pipe_file(self._path(name), data, mode="overwrite" if replace else "create")
 

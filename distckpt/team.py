@@ -7,11 +7,8 @@ allows no other.
 
 from __future__ import annotations
 
-import atexit
 import logging
-import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -23,6 +20,7 @@ from distckpt.coordinator import (
     MpiComm,
     Solo,
     as_mpi,
+    backlog,
     duplicate,
     keep,
     kept,
@@ -30,7 +28,7 @@ from distckpt.coordinator import (
     world,
 )
 from distckpt.errors import CheckpointError, from_plain, ranks_text, to_plain
-from distckpt.waiting import T, Waiting, drive
+from distckpt.waiting import Backlog, T, Waiting
 
 logger = logging.getLogger(__name__)
 COORDINATOR = 0
@@ -41,8 +39,6 @@ _FLAT_BROADCAST = 64
 # How much longer than the coordinator the others wait, so that its answer, which names the late,
 # arrives first.
 _GRACE_S = 15.0
-# How long a rank whose program ends with an error goes on driving its commits.
-_PATIENCE_AFTER_ERROR_S = 3.0
 # Left with a user's coordinator, so that its team is found again.
 _TEAM_ATTRIBUTE = "_distckpt_team"
 
@@ -52,10 +48,12 @@ class Late(CheckpointError):
 
     Attributes:
         ranks: Who.
+        told: What makes an equal one on the ranks that are told of it.
     """
 
     def __init__(self, ranks: Iterable[int], waited_s: float, what: str) -> None:
         self.ranks = sorted(ranks)
+        self.told = (self.ranks, waited_s, what)
         super().__init__(
             f"{ranks_text(self.ranks, limit=20)} did not {what} within {waited_s:.3g} s. Every "
             "rank must make the same calls; a rank that needs longer needs a larger timeout_s"
@@ -68,13 +66,15 @@ class Team:
     Attributes:
         coordinator: Their messages.
         memory: Kept for whoever plans; by topic.
+        backlog: The saves whose commit is driven by the main thread, also those of other teams that
+            it belongs to.
     """
 
-    def __init__(self, coordinator: Coordinator) -> None:
+    def __init__(self, coordinator: Coordinator, backlog: Backlog | None = None) -> None:
         self.coordinator = coordinator
         self.memory: dict[str, Any] = {}
+        self.backlog = Backlog() if backlog is None else backlog
         self._operations = 0
-        self._unfinished: list[Callable[[], bool]] = []
 
     @property
     def rank(self) -> int:
@@ -91,34 +91,9 @@ class Team:
         self._operations += 1
         return Operation(self.coordinator, self._operations, timeout_s)
 
-    def advance_from_main(self, step: Callable[[], bool]) -> None:
-        """Have a protocol advanced by whatever the main thread does here, and at exit.
-
-        For one that no thread of its own may drive.
-
-        Args:
-            step: Advances it without blocking; returns whether it has ended.
-        """
-        if not self._unfinished:
-            atexit.register(self._finish)
-        self._unfinished.append(step)
-
-    def advance(self) -> None:
-        """Advance what `advance_from_main` was given."""
-        self._unfinished = [step for step in self._unfinished if not step()]
-
     def drive(self, protocol: Waiting[T]) -> T:
         """Run a protocol to its end in the calling thread."""
-        return drive(protocol, self.advance if self._unfinished else None)
-
-    def _finish(self) -> None:
-        """At exit: without this, the other ranks would wait for a commit that nobody drives."""
-        # After an error in the program the other ranks' may be anywhere, and the job is to end.
-        failed = getattr(sys, "last_value", None) is not None
-        deadline = time.monotonic() + (_PATIENCE_AFTER_ERROR_S if failed else math.inf)
-        while self._unfinished and time.monotonic() < deadline:
-            self.advance()
-            time.sleep(1e-3)
+        return self.backlog.drive(protocol)
 
 
 class Operation:
@@ -168,7 +143,7 @@ class Operation:
             calls = yield from self.gather(0, call, what)
         except Late as late:
             # The late ones find this waiting when they come.
-            yield from self.scatter(1, [{"error": to_plain(late)}] * self.size, what)
+            yield from self.scatter(1, [{"late": late.told}] * self.size, what)
             raise
         answers: list[Any] | None = None
         if calls is not None:
@@ -180,6 +155,8 @@ class Operation:
                 if not isinstance(exc, CheckpointError):
                     logger.exception("%s failed at the coordinator", what)
         answer = yield from self.scatter(1, answers, f"answer to {what}")
+        if "late" in answer:
+            raise Late(*answer["late"])
         if answer["error"] is not None:
             raise from_plain(answer["error"])
         return answer["answer"]
@@ -288,17 +265,18 @@ def _check_same_call(calls: list[Any]) -> None:
         )
 
 
-def connect(comm: object = None) -> Team:
+def connect(comm: object = None, *, timeout_s: float = 600.0) -> Team:
     """Find the team to work with.
 
     Args:
         comm: An mpi4py communicator, a `Coordinator`, a `Team`, or None: then ``MPI.COMM_WORLD``
             when an MPI launcher started this process with more than one rank, else this process
             alone.
+        timeout_s: How long to wait for the other ranks at the first call.
 
     Raises:
-        CheckpointError: None was given under torchrun with several ranks, or `comm` is something
-            else.
+        CheckpointError: None was given under torchrun with several ranks, `comm` is something else,
+            or not all ranks came in time.
 
     Returns:
         The team; the same for the same communicator.
@@ -309,7 +287,7 @@ def connect(comm: object = None) -> Team:
         return comm
     if comm is None:
         if launched_by_mpi():
-            return _mpi_team(world())
+            return _mpi_team(world(), timeout_s)
         ranks = os.environ.get("WORLD_SIZE", "1")
         if ranks.isdigit() and int(ranks) > 1:
             raise CheckpointError(
@@ -325,7 +303,7 @@ def connect(comm: object = None) -> Team:
                 "comm is MPI.COMM_NULL: this rank is not in that communicator, and takes no part "
                 "in its saves and loads"
             )
-        return _mpi_team(communicator)
+        return _mpi_team(communicator, timeout_s)
     if isinstance(comm, Coordinator):
         team = getattr(comm, _TEAM_ATTRIBUTE, None)
         if not isinstance(team, Team):
@@ -337,14 +315,14 @@ def connect(comm: object = None) -> Team:
     )
 
 
-def _mpi_team(comm: MpiComm) -> Team:
+def _mpi_team(comm: MpiComm, timeout_s: float) -> Team:
     """Return the team kept with a communicator; make it at the first call.
 
     MPI libraries stop at about 2,000 communicators: the duplicates are made once.
     """
     team = kept(comm)
     if not isinstance(team, Team):
-        coordinator = duplicate(comm)
-        team = Team(coordinator)
+        coordinator = duplicate(comm, timeout_s=timeout_s)
+        team = Team(coordinator, backlog())
         keep(comm, team, coordinator)
     return team

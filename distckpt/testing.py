@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -210,11 +210,12 @@ class ThreadCoordinator:
 
     def post(self, dest: int, tag: int, payload: bytes) -> None:
         """See `Coordinator`."""
-        self._boxes[dest][tag].append((self.rank, payload))
+        # Not a defaultdict: two threads could each make the deque, and one message be lost.
+        self._boxes[dest].setdefault(tag, deque()).append((self.rank, payload))
 
     def poll(self, tag: int, source: int | None = None) -> tuple[int, bytes] | None:
         """See `Coordinator`."""
-        box = self._boxes[self.rank][tag]
+        box = self._boxes[self.rank].setdefault(tag, deque())
         for message in list(box):
             if source is None or message[0] == source:
                 box.remove(message)
@@ -247,7 +248,7 @@ def run_ranks(
         BaseException: The first that a rank raised, by rank.
         TimeoutError: Ranks that did not end in time.
     """
-    boxes: list[dict[int, deque[tuple[int, bytes]]]] = [defaultdict(deque) for _ in range(size)]
+    boxes: list[dict[int, deque[tuple[int, bytes]]]] = [{} for _ in range(size)]
     results: dict[int, T] = {}
     errors: dict[int, BaseException] = {}
 

@@ -19,12 +19,14 @@ from distckpt.testing import MemoryStore
 _MPI = Path(__file__).parent / "mpi"
 
 # Which one: HYPOTHESIS_PROFILE, else ci where the CI variable is set, else dev. No deadlines: the
-# machine may be busy with anything. A test with its own max_examples scales it with `examples`.
+# machine may be busy with anything. Tests that want more examples multiply the profile's number.
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("dev", deadline=None, suppress_health_check=_SLOW)
 settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=True, database=None)
 settings.register_profile("nightly", parent=settings.get_profile("dev"), max_examples=5_000)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
+)
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -48,12 +50,13 @@ class Ended:
     output: str
 
 
-@pytest.fixture
-def mpirun(tmp_path):
-    """Run a job: `mpirun(ranks, program, *arguments, rc=…)` waits for its end, and kills what hangs.
+@pytest.fixture(scope="session")
+def mpirun(tmp_path_factory):
+    """Run a job: `mpirun(ranks, program, *arguments)` waits for its end, and kills what hangs.
 
-    `rc` sets mpi4py's options, such as ``thread_level=serialized``. Ranks run as ``python -m
-    mpi4py``, so that one that fails ends the job. The mpirun is the one beside this interpreter.
+    ``rc=`` sets mpi4py's options, such as ``thread_level=serialized``; ``meanwhile=`` is called
+    with the process, and may do something to it. Ranks run as ``python -m mpi4py``, so that one
+    that fails ends the job. The mpirun is the one beside this interpreter.
     """
     found = Path(sys.executable).with_name("mpirun")
     if not found.exists():
@@ -62,7 +65,7 @@ def mpirun(tmp_path):
     def run(ranks, *program, rc=None, timeout_s=150.0, meanwhile=lambda _: None):
         options = () if rc is None else ("-rc", rc)
         command = [str(found), "-n", str(ranks), sys.executable, "-m", "mpi4py", *options, *program]
-        log = tmp_path / f"job-{len(list(tmp_path.glob('job-*')))}.out"
+        log = tmp_path_factory.mktemp("job") / "output"
         with log.open("wb") as output:
             job = subprocess.Popen(
                 list(map(str, command)),
@@ -92,6 +95,8 @@ def mpirun(tmp_path):
 
 
 _RANKS = {
+    # So many processes need not each compile what they import.
+    "PYTHONDONTWRITEBYTECODE": "",
     # One thread a rank: there are more ranks than cores.
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",

@@ -23,7 +23,7 @@ from distckpt.layout import (
     wrong_covers,
 )
 
-_MANY = settings(max_examples=5 * settings.default.max_examples)
+_MANY = settings(max_examples=3 * settings.default.max_examples)
 
 
 def count_holders(shape, boxes):
@@ -97,7 +97,7 @@ def damage(draw, shape, boxes):
     return boxes
 
 
-# ---------------------------------------------------------------------------------- exact cover
+# -------------------------------------------------------------------------------------- exact cover
 
 
 @_MANY
@@ -182,13 +182,15 @@ def test_no_boxes_leave_a_tensor_uncovered():
 
 def test_a_tensor_of_terabytes_is_checked_exactly():
     huge = 1 << 40
-    assert covers((huge, huge // 4), [Region((0, 0), (1, huge // 4)), Region((1, 0), (huge, huge // 4))])
+    assert covers(
+        (huge, huge // 4), [Region((0, 0), (1, huge // 4)), Region((1, 0), (huge, huge // 4))]
+    )
     assert not covers(
         (huge, huge // 4), [Region((0, 0), (1, huge // 4)), Region((1, 0), (huge, huge // 4 - 1))]
     )
 
 
-# --------------------------------------------------------------------------------- naming faults
+# ------------------------------------------------------------------------------------ naming faults
 
 
 def parse(text):
@@ -210,7 +212,9 @@ def test_named_faults_are_true_and_every_kind_of_fault_is_named(case, data):
     outside = [text for text in faults if text.startswith("out of range")]
     assert bool(gaps) == bool((held == 0).any())
     assert all((held[parse(text).slices] == 0).all() for text in gaps)
-    assert bool(outside) == any(not b <= n for box in boxes for b, n in zip(box.stop, shape, strict=True))
+    assert bool(outside) == any(
+        not b <= n for box in boxes for b, n in zip(box.stop, shape, strict=True)
+    )
     pairs = itertools.combinations(range(len(boxes)), 2)
     common = {frozenset(pair): boxes[pair[0]] & boxes[pair[1]] for pair in pairs}
     assert bool(overlaps) == any(common.values())
@@ -224,9 +228,7 @@ def test_a_fault_is_named_with_tensor_ranks_and_regions():
     text = describe_faults("w", (5, 8), boxes, [[0, 2], [1], [3, 4, 5, 6, 7]])
     assert text.startswith("'w' of shape (5, 8): ")
     assert "out of range: [0:1, 4:9] (ranks 3, 4, 5, 6, …) ends beyond the shape (5, 8)" in text
-    assert (
-        "overlap: [0:3, 0:4] (ranks 0, 2) and [2:4, 0:2] (rank 1) both hold [2:3, 0:2]" in text
-    )
+    assert "overlap: [0:3, 0:4] (ranks 0, 2) and [2:4, 0:2] (rank 1) both hold [2:3, 0:2]" in text
     assert "gap: no rank holds [" in text
 
 
@@ -248,7 +250,7 @@ def test_faults_among_thousands_of_boxes_are_named_whichever_dimension_is_cut():
         assert gap.startswith("gap: no rank holds")
 
 
-# ------------------------------------------------------------------------------------------ grids
+# -------------------------------------------------------------------------------------------- grids
 
 
 @given(st.integers(0, 40), st.integers(1, 9), st.sampled_from([BALANCED, CEILING]))
@@ -329,14 +331,14 @@ def test_uneven_cuts_that_follow_no_rule_are_no_grid():
 
 
 def test_files_that_follow_no_stride_are_no_grid():
-    layout = Layout(
-        (9,), np.array([[0], [3], [6]]), np.array([[3], [6], [9]]), np.array([0, 2, 1])
-    )
+    layout = Layout((9,), np.array([[0], [3], [6]]), np.array([[3], [6], [9]]), np.array([0, 2, 1]))
     assert layout.grid() is None
 
 
 def test_files_may_count_down():
-    layout = Layout((4, 6), np.array([[0, 0], [2, 0]]), np.array([[2, 6], [4, 6]]), np.array([5, 3]))
+    layout = Layout(
+        (4, 6), np.array([[0, 0], [2, 0]]), np.array([[2, 6], [4, 6]]), np.array([5, 3])
+    )
     assert layout.grid() == Grid((2, 1), (BALANCED, BALANCED), 5, (-2, 0))
 
 

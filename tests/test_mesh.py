@@ -26,7 +26,7 @@ def rows(spec, shape, **options):
     return [region.shape[0] for region in boxes(spec, shape, **options)]
 
 
-# ----------------------------------------------------------------------------------- coordinates
+# -------------------------------------------------------------------------------------- coordinates
 
 
 def test_ranks_are_row_major_and_the_last_axis_is_the_fastest():
@@ -60,7 +60,7 @@ def test_a_mesh_prints_its_axes_and_rank():
     assert repr(Mesh(dp=2, tp=3, rank=5)) == "Mesh(dp=2, tp=3, rank=5)"
 
 
-# ------------------------------------------------------------------------------------------ cuts
+# --------------------------------------------------------------------------------------------- cuts
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_more_ranks_than_rows_leave_ranks_without_any():
     assert all(region.size == 0 for region in found[1:])
 
 
-# ---------------------------------------------------------------------------------------- shards
+# ------------------------------------------------------------------------------------------- shards
 
 
 def test_a_shard_wraps_the_local_array_without_a_copy():
@@ -164,7 +164,7 @@ def test_a_scalar_is_held_by_every_rank():
     assert shard.region == Region((), ())
 
 
-# ---------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -201,5 +201,5 @@ def test_a_spec_that_does_not_fit_is_refused(spec, message):
 
 
 def test_an_unknown_rule_is_refused_with_the_known_ones():
-    with pytest.raises(LayoutError, match="'fair'.*'balanced', 'chunk'"):
+    with pytest.raises(LayoutError, match=r"'fair'.*'balanced', 'chunk'"):
         Mesh(tp=2, rank=0).region(("tp",), (4,), uneven="fair")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from distckpt import Region
 from distckpt.region import boxes_of_run, boxes_of_runs
 
-_MANY = settings(max_examples=5 * settings.default.max_examples)
+_MANY = settings(max_examples=3 * settings.default.max_examples)
 
 shapes = st.lists(st.integers(1, 4), min_size=1, max_size=6).map(tuple)
 
@@ -42,7 +42,7 @@ def elements(shape):
     return np.arange(math.prod(shape)).reshape(shape)
 
 
-# ------------------------------------------------------------------------------------- one region
+# --------------------------------------------------------------------------------------- one region
 
 
 @_MANY
@@ -51,7 +51,9 @@ def test_the_common_part_of_two_regions_is_the_set_of_common_elements(case):
     shape, a, b = case
     common = a & b
     expected = mask(a, shape) & mask(b, shape)
-    assert np.array_equal(expected, np.zeros(shape, bool) if common is None else mask(common, shape))
+    assert np.array_equal(
+        expected, np.zeros(shape, bool) if common is None else mask(common, shape)
+    )
     assert common is None or common.size > 0
     assert common == b & a
 
@@ -119,7 +121,7 @@ def test_regions_of_different_dimensions_have_no_common_part_to_ask_for():
         Region((0,), (1,)) & Region((0, 0), (1, 1))
 
 
-# ------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 @st.composite

@@ -23,7 +23,7 @@ from distckpt.manifest import (
     pad_columns,
     table_bytes,
 )
-from distckpt.region import MAX_DIMENSIONS
+from distckpt.state import MAX_DIMENSIONS, MAX_NAME_BYTES, MAX_TENSOR_BYTES
 
 MAX_BYTES = 1 << 62
 _MAX_HEADER_BYTES = 100_000_000
@@ -31,6 +31,9 @@ _MAX_BLOCK_BYTES = 1 << 30
 # Cells of a grid for each file: a file holds a box or a few of a tensor. A few bytes must not
 # expand to any number of boxes.
 _MOST_CELLS = 64
+# And over all tensors, and over all names what they share with the one before.
+_MAX_BOXES = 1 << 26
+_MAX_SHARED_BYTES = 1 << 28
 _RULES = {BALANCED: pb.BALANCED, CEILING: pb.CEILING}
 
 
@@ -69,10 +72,14 @@ def encode(manifest: Manifest) -> bytes:
 
 def _encode_tensors(manifest: Manifest) -> Any:
     suffix, shared, previous = [], [], ""
+    left = _MAX_SHARED_BYTES
     for name in manifest.names:
         prefix = os.path.commonprefix([previous, name])  # noqa: RUF071  of characters is meant
+        if len(prefix.encode()) > left:
+            prefix = ""
         suffix.append(name[len(prefix) :])
         shared.append(len(prefix.encode()))
+        left -= shared[-1]
         previous = name
     return pb.Tensors(
         suffix=suffix,
@@ -150,6 +157,8 @@ def _decode(message: Any) -> Manifest:
     if unknown:
         raise UnsupportedFormat(f"unknown dtype codes {unknown}; install a newer distckpt")
     _need((layout < len(layouts)).all(), "a tensor's layout does not exist")
+    boxes = np.array([len(found) for found in layouts], np.int64)[layout].sum()
+    _need(boxes <= _MAX_BOXES, f"{boxes} boxes")
     values = message.values
     _need(len(values.name) == len(values.value), "columns of unequal length for the values")
     per_rank, per_rank_file = _decode_per_rank(message.per_rank, message.ranks, count)
@@ -170,23 +179,29 @@ def _decode(message: Any) -> Manifest:
             for index in range(0, len(files.digest), TABLE_DIGEST_BYTES)
         ],
         values={
-            name: from_value(value, memoryview(b""))
-            for name, value in zip(values.name, values.value, strict=True)
+            name: from_value(value) for name, value in zip(values.name, values.value, strict=True)
         },
         per_rank=per_rank,
         per_rank_file=per_rank_file,
         metadata=_dict(message, "metadata"),
         metrics=_dict(message, "metrics"),
     )
-    everything = manifest.all_names
+    everything = [*names, *values.name, *message.per_rank.name]
     _need(len(set(everything)) == len(everything), "a name is there twice")
     _need(all("\0" not in name for name in everything), "a name holds a NUL character")
     for index in np.unique(layout * 256 + dtype).tolist():
         shape = layouts[index // 256].shape
         _need(
-            math.prod(shape) * dtypes.BY_CODE[index % 256].itemsize <= MAX_BYTES,
+            math.prod(extent or 1 for extent in shape) * dtypes.BY_CODE[index % 256].itemsize
+            <= MAX_TENSOR_BYTES,
             f"a tensor of shape {shape} is too large",
         )
+    # Sums of numbers in range may leave it; as floats they can't.
+    pieces = manifest.pieces
+    _need(
+        (np.bincount(pieces.file, pieces.size_bytes, minlength=count) <= MAX_BYTES).all(),
+        "tensors beyond all limits in one file",
+    )
     table_start = manifest.file_table_start
     expected = table_start + [table_bytes(start, block_bytes) for start in table_start.tolist()]
     _need(
@@ -198,10 +213,13 @@ def _decode(message: Any) -> Manifest:
 
 def _decode_names(tensors: Any) -> list[str]:
     _need(len(tensors.suffix) == len(tensors.shared), "columns of unequal length for the names")
+    total = int(_column(tensors.shared).sum())
+    _need(total <= _MAX_SHARED_BYTES, f"names that share {total} bytes")
     names, previous = [], b""
     for suffix, shared in zip(tensors.suffix, tensors.shared, strict=True):
         _need(shared <= len(previous), "a name shares more than the name before it has")
         previous = previous[:shared] + suffix.encode()
+        _need(len(previous) <= MAX_NAME_BYTES, f"a name of {len(previous)} bytes")
         names.append(previous.decode())
     return names
 
@@ -209,7 +227,7 @@ def _decode_names(tensors: Any) -> list[str]:
 def _decode_layouts(message: Any, files: int) -> list[Layout]:
     ndim, shape, boxes = _column(message.ndim), _column(message.shape), _column(message.boxes)
     start, extent, file = _column(message.start), _column(message.extent), _column(message.file)
-    parts, rule = _column(message.parts), _column(message.rule)
+    parts, rule = _column(message.parts), _column(message.rule, signed=True)
     file_base, file_stride = _column(message.file_base), _column(message.file_stride, signed=True)
     is_grid = boxes == 0
     _need((ndim <= MAX_DIMENSIONS).all(), f"more than {MAX_DIMENSIONS} dimensions")
@@ -222,8 +240,13 @@ def _decode_layouts(message: Any, files: int) -> list[Layout]:
         and len(file_base) == is_grid.sum(),
         "columns of unequal length for the layouts",
     )
-    _need((parts >= 1).all() and (rule <= 1).all(), "a grid of no or unknown cut")
+    _need((parts >= 1).all() and np.isin(rule, list(_RULES)).all(), "a grid of no or unknown cut")
     _need((file < files).all(), "a box lies in a file that does not exist")
+    cells, at = 0, 0
+    for dims in ndim[is_grid].tolist():
+        cells += math.prod(parts[at : at + dims].tolist())
+        at += dims
+    _need(cells <= _MAX_BOXES, f"grids of {cells} boxes")
     layouts: list[Layout] = []
     at_shape = at_box = at_number = at_grid = at_base = 0
     for dims, count in zip(ndim.tolist(), boxes.tolist(), strict=True):
@@ -301,6 +324,10 @@ def _decode_per_rank(
         "columns of unequal length for the per-rank values",
     )
     table = length.reshape(len(names), ranks)
+    _need(
+        (table.sum(axis=0, dtype=np.float64) <= MAX_BYTES).all(),
+        "per-rank values beyond all limits in one file",
+    )
     holders = np.flatnonzero((table > 0).any(axis=0))
     _need(
         (file[holders] < files).all() and len(np.unique(file[holders])) == len(holders),
@@ -312,7 +339,7 @@ def _decode_per_rank(
 def _dict(message: Any, field: str) -> dict[str, Any] | None:
     if not message.HasField(field):
         return None
-    value = from_value(getattr(message, field), memoryview(b""))
+    value = from_value(getattr(message, field))
     if not isinstance(value, dict):
         raise CorruptCheckpoint(f"the {field} is not a dict")
     return value

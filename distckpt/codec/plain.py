@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from distckpt import dtypes
 from distckpt._pb import manifest_pb2 as pb
 from distckpt.errors import CorruptCheckpoint, LayoutError
-from distckpt.region import MAX_DIMENSIONS
+from distckpt.state import MAX_DIMENSIONS
 
 # protobuf refuses messages nested deeper than 100, and a list or a dict is two of them.
 MAX_DEPTH = 40
@@ -58,10 +58,10 @@ def unpack(blob: bytes | bytearray | memoryview, *, copy: bool = True) -> Any:
         raise CorruptCheckpoint(f"a blob of {len(view)} bytes claims a tree of {length} bytes")
     try:
         tree = pb.Value.FromString(bytes(view[8 : 8 + length]))
-        return from_value(tree, view[8 + length :], copy=copy)
+        return from_value(tree, _Arrays(view[8 + length :], copy=copy))
     except CorruptCheckpoint:
         raise
-    except (DecodeError, ValueError, TypeError) as exc:
+    except (DecodeError, ValueError, TypeError, OverflowError) as exc:
         raise CorruptCheckpoint(f"not a blob of plain values: {exc}") from exc
 
 
@@ -73,7 +73,7 @@ def encode_value(value: object) -> bytes:
 
 def decode_value(data: bytes) -> Any:
     """Decode what `encode_value` made."""
-    return from_value(pb.Value.FromString(data), memoryview(b""))
+    return from_value(pb.Value.FromString(data))
 
 
 def to_value(value: object, arrays: list[np.ndarray] | None, where: str, depth: int = 0) -> Any:
@@ -143,6 +143,8 @@ def _to_array(value: object, arrays: list[np.ndarray] | None, where: str) -> Any
         what = f"an array of dtype {array.dtype}" if arrays is not None else "an array"
         raise LayoutError(f"{where}: {what} can't be stored here")
     shape = array.shape
+    if len(shape) > MAX_DIMENSIONS:
+        raise LayoutError(f"{where}: {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
     # Scalars stay scalars: a shape of () is an array of no dimensions.
     array = np.ascontiguousarray(array, entry.numpy).reshape(shape)
     offset = sum(other.nbytes for other in arrays)
@@ -150,13 +152,37 @@ def _to_array(value: object, arrays: list[np.ndarray] | None, where: str) -> Any
     return pb.Value(array=pb.Array(dtype=entry.code, shape=shape, offset=offset))
 
 
-def from_value(value: Any, data: memoryview, *, copy: bool = True) -> Any:
+class _Arrays:
+    """The arrays behind a tree: no byte is handed out twice, so a small blob has no large value."""
+
+    def __init__(self, data: memoryview, *, copy: bool) -> None:
+        self._data, self._copy, self._left = data, copy, len(data)
+
+    def take(self, array: Any) -> np.ndarray:
+        entry = dtypes.BY_CODE.get(array.dtype)
+        if entry is None:
+            raise CorruptCheckpoint(f"an array of unknown dtype code {array.dtype}")
+        size = math.prod(array.shape)
+        end = array.offset + size * entry.itemsize
+        self._left -= size * entry.itemsize
+        if end > len(self._data) or self._left < 0 or len(array.shape) > MAX_DIMENSIONS:
+            raise CorruptCheckpoint(
+                f"an array of shape {tuple(array.shape)} ends at byte {end} of {len(self._data)}, "
+                "or lies upon another"
+            )
+        if not size:
+            return np.empty(tuple(array.shape), entry.numpy)
+        flat = np.frombuffer(self._data, entry.numpy, size, array.offset)
+        found = flat.reshape(tuple(array.shape))
+        return found.copy() if self._copy else found
+
+
+def from_value(value: Any, arrays: _Arrays | None = None) -> Any:
     """Make the plain value of a protobuf message.
 
     Args:
         value: What `to_value` made.
-        data: Holds the arrays.
-        copy: As in `unpack`.
+        arrays: What lies behind the message; None where no arrays are allowed.
 
     Raises:
         CorruptCheckpoint: A message that `to_value` does not make.
@@ -170,31 +196,18 @@ def from_value(value: Any, data: memoryview, *, copy: bool = True) -> Any:
     if kind == "big_integer":
         return int.from_bytes(content, "little", signed=True)
     if kind == "list":
-        return [from_value(item, data, copy=copy) for item in content.item]
+        return [from_value(item, arrays) for item in content.item]
     if kind == "tuple":
-        return tuple(from_value(item, data, copy=copy) for item in content.item)
+        return tuple(from_value(item, arrays) for item in content.item)
     if kind == "dict":
         if len(content.key) != len(content.item):
             raise CorruptCheckpoint("a dict with unequal numbers of keys and items")
         return {
-            from_value(key, data): from_value(item, data, copy=copy)
+            from_value(key): from_value(item, arrays)
             for key, item in zip(content.key, content.item, strict=True)
         }
     if kind == "array":
-        entry = dtypes.BY_CODE.get(content.dtype)
-        if entry is None:
-            raise CorruptCheckpoint(f"an array of unknown dtype code {content.dtype}")
-        size = math.prod(content.shape)
-        end = content.offset + size * entry.itemsize
-        if end > len(data) or len(content.shape) > MAX_DIMENSIONS:
-            raise CorruptCheckpoint(
-                f"an array of shape {tuple(content.shape)} ends at byte {end} of {len(data)}"
-            )
-        flat = (
-            np.frombuffer(data, entry.numpy, size, content.offset)
-            if size
-            else np.empty(0, entry.numpy)
-        )
-        array = flat.reshape(tuple(content.shape))
-        return array.copy() if copy else array
+        if arrays is None:
+            raise CorruptCheckpoint("an array where only plain values can be")
+        return arrays.take(content)
     return content

@@ -120,11 +120,11 @@ def plan_write(
 
 def _rules(names: Sequence[str], replicas: Replicas) -> np.ndarray:
     """Return each tensor's rule as an index into REPLICA_RULES."""
-    given = {"*": replicas} if isinstance(replicas, str) else dict(replicas)
-    unknown = sorted(set(given.values()) - set(REPLICA_RULES))
-    if unknown:
+    given = dict(replicas) if isinstance(replicas, Mapping) else {"*": replicas}
+    if any(rule not in REPLICA_RULES for rule in given.values()):
         raise LayoutError(
-            f"replicas={replicas!r}: expected one of {', '.join(map(repr, REPLICA_RULES))}"
+            f"replicas={replicas!r}: expected one of {', '.join(map(repr, REPLICA_RULES))}, or a "
+            "mapping of glob → one of these"
         )
     if isinstance(replicas, str):
         return np.full(len(names), REPLICA_RULES.index(replicas))

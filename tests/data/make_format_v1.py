@@ -73,7 +73,7 @@ def tensor(name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     return (data & np.uint8(MASKS.get(dtype, 0xFF))).view(entry.numpy).reshape(shape)
 
 
-# name: (dtype, shape)
+# A dtype and a shape for each name.
 TENSORS: dict[str, tuple[str, tuple[int, ...]]] = {
     # Held by all ranks, which share them out.
     **{f"dtype.{entry.name}": (entry.name, (5, 3)) for entry in dtypes.TABLE},
@@ -87,7 +87,7 @@ TENSORS: dict[str, tuple[str, tuple[int, ...]]] = {
     "empty.middle": ("int4", (2, 0, 2)),
     "alone": ("complex128", (2, 2)),
     # Cut.
-    "grid.balanced": ("float64", (10, 60)),
+    "grid.balanced": ("float64", (10, 200)),
     "grid.ceiling": ("float16", (10, 3)),
     "grid.columns": ("int32", (4, 8)),
     "grid.planes": ("uint16", (2, 3, 5)),

@@ -53,9 +53,7 @@ def test_ranks_read_each_byte_of_a_checkpoint_once_over_all_of_them(comm, folder
     whole = np.random.default_rng(0).random((301, 77))
     mesh = distckpt.Mesh(tp=comm.size, comm=comm)
     rows = whole[mesh.region(("tp",), whole.shape).slices]
-    distckpt.save(
-        folder, {"cut": mesh.shard(rows, ("tp",), whole.shape), "same": whole}, comm=comm
-    )
+    distckpt.save(folder, {"cut": mesh.shard(rows, ("tp",), whole.shape), "same": whole}, comm=comm)
     columns = np.empty((301, mesh.region((None, "tp"), whole.shape).shape[1]))
     net = {"cut": mesh.shard(columns, (None, "tp"), whole.shape), "same": np.empty_like(whole)}
     store = ReadsNoted(open_store(folder))
@@ -110,7 +108,7 @@ def random_tensor(rng):
     if rng.random() < 0.8:
         shape = tuple(max(extent, 1) for extent in shape)
     dtype = np.dtype(DTYPES[rng.integers(len(DTYPES))])
-    raw = rng.integers(0, 2 if dtype == bool else 256, (*shape, dtype.itemsize), "u1")
+    raw = rng.integers(0, 2 if dtype.kind == "b" else 256, (*shape, dtype.itemsize), "u1")
     return raw.reshape(-1).view(dtype).reshape(shape)
 
 
