@@ -1,8 +1,9 @@
 """Measure saves and loads against the floor that memcpy, write + fsync and read set.
 
-``make bench`` (``QUICK=1``: smaller and shorter) runs this. It starts itself under mpirun for each number of ranks and
-each kind of storage, and writes ``benchmarks/results/latest.json`` and ``latest.md``. Floor and system take turns within
-one run, since machines drift; what counts is the ratio, pair by pair: its median and quartiles.
+``make bench`` (``QUICK=1``: smaller and shorter) runs this. It starts itself under mpirun for each
+number of ranks and each kind of storage, and writes ``benchmarks/results/latest.json`` and
+``latest.md``. Floor and system take turns within one run, since machines drift; what counts is the
+ratio, pair by pair: its median and quartiles.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def measure(folder: Path, output: Path, *, quick: bool) -> None:
     part = distckpt.plan(state, comm=comm)
     mine = np.ones(part.rank_bytes[comm.rank], np.uint8)
     warm = np.ones_like(mine)
-    url = folder / "checkpoint"
+    url, floor_file = folder / "checkpoint", folder / f"floor-{comm.rank}"
     empty = {name: like(leaf) for name, leaf in state.items()}
     turned = {name: columns_of(leaf, comm.rank, comm.size) for name, leaf in state.items()}
     pending: list[distckpt.PendingCheckpoint] = []
@@ -124,23 +125,6 @@ def measure(folder: Path, output: Path, *, quick: bool) -> None:
         started = time.perf_counter()
         function()
         return float(comm.allreduce(time.perf_counter() - started, MPI.MAX))
-
-    def write_and_sync() -> None:
-        path = folder / f"floor-{comm.rank}"
-        path.unlink(missing_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
-        view = memoryview(mine)
-        while view:
-            view = view[os.write(descriptor, view) :]
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-    def read() -> None:
-        descriptor = os.open(folder / f"floor-{comm.rank}", os.O_RDONLY)
-        at = 0
-        while at < len(warm):
-            at += os.preadv(descriptor, [warm[at:]], at)
-        os.close(descriptor)
 
     def save_async() -> None:
         pending.append(distckpt.save_async(url, state, comm=comm, overwrite=True))
@@ -153,12 +137,14 @@ def measure(folder: Path, output: Path, *, quick: bool) -> None:
 
     ratios: dict[str, list[float]] = {name: [] for name in ROWS}
     for pair in range(pairs + 1):
-        floor = note("write + fsync", timed(write_and_sync))
-        save = note("durable save", timed(lambda: distckpt.save(url, state, comm=comm, overwrite=True)))
+        floor = note("write + fsync", timed(lambda: write_and_sync(floor_file, mine)))
+        save = note(
+            "durable save", timed(lambda: distckpt.save(url, state, comm=comm, overwrite=True))
+        )
         copy = note("memcpy", timed(lambda: np.copyto(warm, mine)))
         stall = note("async stall", timed(save_async))
         rest = timed(lambda: pending.pop().wait())
-        reading = note("read", timed(read))
+        reading = note("read", timed(lambda: read(floor_file, warm)))
         loads = [
             note("load", timed(lambda: distckpt.load_into(url, empty, comm=comm, strict=True))),
             note(
@@ -171,7 +157,12 @@ def measure(folder: Path, output: Path, *, quick: bool) -> None:
             ),
         ]
         if pair:  # the first warms up
-            found = [save / floor, stall / copy, (stall + rest) / floor, *(x / reading for x in loads)]
+            found = [
+                save / floor,
+                stall / copy,
+                (stall + rest) / floor,
+                *(x / reading for x in loads),
+            ]
             for name, ratio in zip(ROWS, found, strict=True):
                 ratios[name].append(ratio)
     if comm.rank == 0:
@@ -181,6 +172,26 @@ def measure(folder: Path, output: Path, *, quick: bool) -> None:
     comm.Barrier()
     if comm.rank == 0:
         shutil.rmtree(url)
+
+
+def write_and_sync(path: Path, data: np.ndarray) -> None:
+    """Write a new file and wait until it is durable: the floor of a save."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def read(path: Path, data: np.ndarray) -> None:
+    """Fill an array from a file: the floor of a load."""
+    descriptor = os.open(path, os.O_RDONLY)
+    at = 0
+    while at < len(data):
+        at += os.preadv(descriptor, [data[at:]], at)
+    os.close(descriptor)
 
 
 def like(leaf: object) -> object:

@@ -260,12 +260,12 @@ def _decode_layouts(message: Any, files: int) -> list[Layout]:
             at_number += count * dims
             at_box += count
         else:
-            cells = slice(at_grid, at_grid + dims)
+            numbers = slice(at_grid, at_grid + dims)
             grid = Grid(
-                tuple(parts[cells].tolist()),
-                tuple(rule[cells].tolist()),
+                tuple(parts[numbers].tolist()),
+                tuple(rule[numbers].tolist()),
                 int(file_base[at_base]),
-                tuple(file_stride[cells].tolist()),
+                tuple(file_stride[numbers].tolist()),
             )
             _need(
                 math.prod(grid.parts) <= _MOST_CELLS * files,
