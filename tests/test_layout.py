@@ -170,6 +170,15 @@ def peeled(ndim):
     return [*boxes, Region(tuple(start), (3,) * ndim)]
 
 
+def test_boxes_cut_in_nine_dimensions_may_neither_overlap_nor_leave_the_tensor():
+    shape = (2,) * 9
+    cells = [Region(at, tuple(n + 1 for n in at)) for at in itertools.product((0, 1), repeat=9)]
+    assert covers(shape, cells)
+    # As many elements as there should be, but not those.
+    assert not covers(shape, [*cells[:-1], cells[5]])
+    assert not covers(shape, [*cells[:-1], Region((2,) * 9, (3,) * 9)])
+
+
 def test_too_many_boxes_cut_in_too_many_dimensions_are_refused_not_guessed():
     boxes = peeled(9) * 500
     with pytest.raises(LayoutError, match="5000 boxes in 9 dimensions"):

@@ -503,6 +503,16 @@ def test_one_replicated_tensor_is_shared_out_among_all_ranks():
     assert plan.rank_bytes.max() - plan.rank_bytes.min() <= 0.01 * plan.rank_bytes.mean()
 
 
+@pytest.mark.parametrize("percent", [0.1, 0.4, 0.6, 0.9, 1.5, 3, 4.9, 8, 20])
+@pytest.mark.parametrize("size", [1 << 12, 1 << 18, 1 << 24])
+def test_a_cut_that_is_moved_to_a_tensors_end_costs_no_more_than_one_per_cent(size, percent):
+    more = int(size * percent / 100)
+    for larger in (0, 1):
+        sizes = (size + more, size - more) if larger else (size - more, size + more)
+        state = {f"t{index}": blank("f4", (found,)) for index, found in enumerate(sizes)}
+        assert plan_of([state] * 2).rank_bytes.max() <= 4 * size * 1.01 + 4
+
+
 def test_a_tensor_too_small_to_share_is_written_by_one_rank():
     plan = plan_of([{"b": blank("f4", (3,)), "w": blank("f4", (1 << 20,))}] * 3)
     tensor = plan.names.index("b")
