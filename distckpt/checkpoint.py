@@ -200,7 +200,7 @@ class Checkpoint:
             try:
                 self._check_length(stored.name, int(manifest.file_length[number]))
                 blocks.table(number)
-            except CheckpointError as exc:
+            except (CorruptCheckpoint, IncompleteCheckpoint) as exc:
                 missing = exc if isinstance(exc, IncompleteCheckpoint) else missing
                 damage.append(f"{exc} (holds {self._tensors_in(number, 0, stored.table_start)})")
                 first = first or exc
@@ -208,7 +208,7 @@ class Checkpoint:
             for block in range(-(-stored.table_start // manifest.block_bytes)):
                 try:
                     blocks.read(number, block)
-                except CheckpointError as exc:
+                except (CorruptCheckpoint, IncompleteCheckpoint) as exc:
                     start = block * manifest.block_bytes
                     held = self._tensors_in(number, start, start + manifest.block_bytes)
                     damage.append(f"{exc} (holds {held})")

@@ -261,9 +261,12 @@ def _put_manifest(store: Store, manifest: Manifest, *, replace: bool) -> None:
         CheckpointExists: Another save's was first.
         SaveFailed: It is not there; or (`committed` is None) that can't be told.
     """
+    data = codec.encode(manifest)
+    # What a reader would refuse must not become the last committed checkpoint.
+    codec.decode(data)
     try:
         # The manifest is the commit: until it exists no reader looks at the shards (invariant I1).
-        store.put(MANIFEST_NAME, codec.encode(manifest), replace=replace)
+        store.put(MANIFEST_NAME, data, replace=replace)
     except (OSError, CheckpointError) as exc:
         try:
             found = codec.decode(read_object(store, MANIFEST_NAME)).save_id

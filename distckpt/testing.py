@@ -125,6 +125,11 @@ class FaultyStore:
         """The inner store's."""
         return self._store.url
 
+    def fail_from_now_on(self) -> None:
+        """Fail at the next operation, and at every later one."""
+        with self._lock:
+            self._fail_at = len(self.operations)
+
     def operate(self, kind: str, name: str) -> None:
         """Count an operation, and fail if it is time to.
 

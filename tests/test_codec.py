@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import struct
 import tracemalloc
 
@@ -799,6 +800,26 @@ def test_layouts_of_large_grids_do_not_multiply():
     columns.file_stride[:] = [0] * count
     with little_memory(512 << 20):
         assert "boxes" in refused(tampered)
+
+
+def test_more_boxes_than_a_reader_accepts_are_not_written():
+    layout = Layout.of_grid((1 << 14,), Grid((1 << 14,), (0,), 0, (0,)))
+    manifest = dataclasses.replace(
+        made(["w"], [6], [0], [layout], files=1),
+        names=[f"w{n}" for n in range(1 << 13)],
+        dtype=np.full(1 << 13, 6),
+        layout=np.zeros(1 << 13, np.int64),
+    )
+    with little_memory(64 << 20), pytest.raises(LayoutError, match="134217728 boxes"):
+        codec.encode(manifest)
+
+
+def test_boxes_cut_in_more_dimensions_than_a_reader_checks_are_not_written():
+    start = np.array(list(itertools.product(range(2), repeat=13)))
+    layout = Layout((2,) * 13, start, start + 1, np.zeros(len(start), np.int64))
+    manifest = made(["w"], [6], [0], [layout], files=1)
+    with pytest.raises(LayoutError, match="8192 boxes in 13 dimensions"):
+        codec.encode(manifest)
 
 
 def test_boxes_cut_in_thirty_two_dimensions_are_judged_at_once():

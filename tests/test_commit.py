@@ -538,3 +538,25 @@ def test_a_missing_file_of_a_checkpoint_that_was_not_replaced_is_named():
     with pytest.raises(LoadFailed, match=gone) as caught:
         distckpt.load(store)
     assert "replaced while" not in str(caught.value)
+
+
+def test_a_manifest_that_a_reader_would_refuse_is_never_committed(monkeypatch):
+    store = MemoryStore()
+    before = distckpt.save(store, {"w": np.arange(6.0)})
+    with monkeypatch.context() as patched:
+        patched.setattr("distckpt.codec.manifest.MAX_DIMENSIONS", 1)
+        with pytest.raises(SaveFailed, match="more than 1 dimensions") as caught:
+            distckpt.save(store, {"w": np.zeros((2, 3))}, overwrite=True)
+    assert caught.value.committed is False
+    assert distckpt.open(store).manifest.save_id == before.manifest.save_id
+    np.testing.assert_array_equal(distckpt.load(store)["w"], np.arange(6.0))
+
+
+def test_a_store_that_fails_while_a_checkpoint_is_verified_is_not_taken_for_damage():
+    store = MemoryStore()
+    distckpt.save(store, {"w": np.arange(6.0)})
+    faulty = FaultyStore(store)
+    checkpoint = distckpt.open(faulty)
+    faulty.fail_from_now_on()
+    with pytest.raises(StoreError, match="injected failure"):
+        checkpoint.verify()

@@ -14,7 +14,7 @@ from distckpt import dtypes
 from distckpt._pb import manifest_pb2 as pb
 from distckpt.codec.envelope import unwrap, wrap
 from distckpt.codec.plain import from_value, to_value
-from distckpt.errors import CorruptCheckpoint, UnsupportedFormat
+from distckpt.errors import CorruptCheckpoint, LayoutError, UnsupportedFormat
 from distckpt.layout import BALANCED, CEILING, Grid, Layout, wrong_covers
 from distckpt.manifest import (
     DATA_ALIGNMENT,
@@ -34,11 +34,22 @@ _MOST_CELLS = 64
 # And over all tensors, and over all names what they share with the one before.
 _MAX_BOXES = 1 << 26
 _MAX_SHARED_BYTES = 1 << 28
+# A cover in more dimensions than this may take too long to check.
+_EASY_DIMENSIONS = 8
 _RULES = {BALANCED: pb.BALANCED, CEILING: pb.CEILING}
 
 
 def encode(manifest: Manifest) -> bytes:
-    """Encode a manifest, envelope included."""
+    """Encode a manifest, envelope included.
+
+    Raises:
+        LayoutError: Beyond the limits of the format: `decode` would refuse it.
+    """
+    boxes = _count_boxes(manifest.layouts, manifest.layout)
+    if boxes > _MAX_BOXES:
+        raise LayoutError(f"{boxes} boxes; a checkpoint has at most {_MAX_BOXES}")
+    # Fails where there are more than can be checked in so many dimensions.
+    _check_cover([found for found in manifest.layouts if len(found.shape) > _EASY_DIMENSIONS])
     message = pb.Manifest(
         save_id=manifest.save_id,
         created_ns=manifest.created_ns,
@@ -68,6 +79,10 @@ def encode(manifest: Manifest) -> bytes:
     if manifest.metrics is not None:
         message.metrics.CopyFrom(to_value(dict(manifest.metrics), None, "metrics"))
     return wrap(message.SerializeToString(deterministic=True))
+
+
+def _count_boxes(layouts: Sequence[Layout], used: np.ndarray) -> int:
+    return int(np.array([len(layout) for layout in layouts], np.int64)[used].sum())
 
 
 def _encode_tensors(manifest: Manifest) -> Any:
@@ -157,7 +172,7 @@ def _decode(message: Any) -> Manifest:
     if unknown:
         raise UnsupportedFormat(f"unknown dtype codes {unknown}; install a newer distckpt")
     _need((layout < len(layouts)).all(), "a tensor's layout does not exist")
-    boxes = np.array([len(found) for found in layouts], np.int64)[layout].sum()
+    boxes = _count_boxes(layouts, layout)
     _need(boxes <= _MAX_BOXES, f"{boxes} boxes")
     values = message.values
     _need(len(values.name) == len(values.value), "columns of unequal length for the values")
