@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, runtime_checkable
+from types import ModuleType
+from typing import Protocol, cast, runtime_checkable
 
+import ml_dtypes
 import numpy as np
 
 from distckpt import dtypes
@@ -352,6 +355,8 @@ def as_array(value: object) -> np.ndarray | str:
         return np.asarray(value)  # a matrix, say, becomes a plain array of the same memory
     source = value.detach() if hasattr(value, "detach") else value
     try:
+        if type(source).__module__.partition(".")[0] == "torch" and "torch" in sys.modules:
+            return _torch_array(cast("_TorchTensor", source), sys.modules["torch"])
         if hasattr(source, "__array__"):
             return np.asarray(source)
         if hasattr(source, "__dlpack__"):
@@ -362,6 +367,22 @@ def as_array(value: object) -> np.ndarray | str:
         f"{_type_name(value)} can't be stored; a leaf is an array, a Shard, FlatShard or PerRank, "
         "or an int, float, bool, str, bytes or None"
     )
+
+
+class _TorchTensor(Protocol):
+    dtype: object
+
+    def view(self, dtype: object) -> np.typing.ArrayLike: ...
+
+
+def _torch_array(tensor: _TorchTensor, torch: ModuleType) -> np.ndarray:
+    """View a torch tensor as numpy, also of a dtype that torch's own conversion refuses."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    entry = dtypes.BY_NAME.get(name)
+    if entry is None or not hasattr(ml_dtypes, name):
+        return np.asarray(cast("np.typing.ArrayLike", tensor))
+    bits = {1: torch.uint8, 2: torch.int16}[entry.itemsize]
+    return np.asarray(tensor.view(bits)).view(entry.numpy)
 
 
 def _type_name(value: object) -> str:

@@ -214,3 +214,21 @@ def test_tensors_of_torch_are_saved_and_filled_where_they_are(tmp_path):
     assert torch.equal(kept[0], weight.T)
     assert torch.equal(kept[1], parameter)
     assert torch.equal(kept[2], weight)
+
+
+def test_tensors_of_torch_keep_the_dtypes_that_numpy_has_not(tmp_path):
+    import torch
+
+    kinds = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+    saved = {str(kind): torch.arange(-6.0, 6.0).reshape(3, 4).to(kind) for kind in kinds}
+    saved["scalar"] = torch.tensor(1.5, dtype=torch.bfloat16, requires_grad=True)
+    saved["turned"] = saved["torch.bfloat16"].T
+    checkpoint = distckpt.save(tmp_path / "c", saved)
+    assert checkpoint["scalar"].dtype.name == "bfloat16"
+
+    net = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
+    places = {name: tensor.data_ptr() for name, tensor in net.items()}
+    distckpt.load_into(tmp_path / "c", net, strict=True)
+    for name, tensor in saved.items():
+        assert torch.equal(net[name].float(), tensor.detach().float()), name
+        assert net[name].data_ptr() == places[name]  # filled where it is
