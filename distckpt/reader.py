@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -198,7 +199,7 @@ class Copy:
 
     def of(self, block: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """View the part in the block's bytes."""
-        end = self.first + int(np.prod(self.shape, dtype=np.int64)) * dtype.itemsize
+        end = self.first + math.prod(self.shape) * dtype.itemsize
         return block[self.first : end].view(dtype).reshape(self.shape)[self.inner]
 
 
@@ -228,7 +229,7 @@ class Work:
         wanted = Region(tuple(table.start[row].tolist()), tuple(table.stop[row].tolist()))
         block_start = self.block[row] * self.block_bytes
         first = max(block_start - offset, 0) // item
-        total = int(np.prod(extent, dtype=np.int64))
+        total = math.prod(extent)
         last = min((block_start + self.block_bytes - offset) // item, total)
         at = offset + first * item - block_start
         for box in boxes_of_run(tuple(extent), first, last):

@@ -146,8 +146,8 @@ def boxes_of_run(shape: tuple[int, ...], start: int, stop: int) -> list[Region]:
     """
     if start >= stop:
         return []
-    if not shape:
-        return [Region((), ())]
+    if start == 0 and stop == math.prod(shape):
+        return [Region.whole(shape)]
     _, starts, stops = boxes_of_runs(
         np.array([shape], np.int64), np.array([start], np.int64), np.array([stop], np.int64)
     )
