@@ -21,7 +21,7 @@ from distckpt.layout import Grid, Layout
 from distckpt.manifest import DATA_ALIGNMENT, TABLE_DIGEST_BYTES, Manifest, table_bytes
 
 _MANY = settings(max_examples=3 * settings.default.max_examples)
-_FUZZ = settings(max_examples=10 * settings.default.max_examples)
+_FUZZ = settings(max_examples=6 * settings.default.max_examples)
 
 REFUSALS = (CorruptCheckpoint, UnsupportedFormat)
 

@@ -8,7 +8,7 @@ import math
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -133,6 +133,7 @@ def is_lost(value, wanted):
 
 
 @pytest.mark.parametrize(("saved", "wanted"), FAMILIES)
+@settings(max_examples=settings.default.max_examples // 3)
 @given(data=st.data())
 def test_values_are_lost_where_they_do_not_fit_and_only_where_that_is_looked_for(
     saved, wanted, data

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from distckpt import MatchError, Matching, match
 
-_MANY = settings(max_examples=5 * settings.default.max_examples)
+_MANY = settings(max_examples=3 * settings.default.max_examples)
 
 # Saved, wanted, options; then the pairs (wanted → saved), what is missing, what is unexpected.
 TABLE = [
