@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -295,7 +296,7 @@ def connect(comm: object = None, *, timeout_s: float = 600.0) -> Team:
                 "start. Pass comm= (an mpi4py communicator or any Coordinator), or "
                 "comm=distckpt.Solo() if each process saves alone"
             )
-        return Team(Solo())
+        return _alone()
     communicator = as_mpi(comm)
     if communicator is not None:
         if not communicator:
@@ -313,6 +314,19 @@ def connect(comm: object = None, *, timeout_s: float = 600.0) -> Team:
     raise CheckpointError(
         f"comm={comm!r}: expected an mpi4py communicator, a distckpt Coordinator, or None"
     )
+
+
+# A process alone has no communicator that its team could be kept with. One for each thread, since
+# what a team remembers is not made for several.
+_ALONE = threading.local()
+
+
+def _alone() -> Team:
+    """Return the team of this process alone, in this thread; make it at the first call."""
+    team: Team | None = getattr(_ALONE, "team", None)
+    if team is None:
+        team = _ALONE.team = Team(Solo())
+    return team
 
 
 def _mpi_team(comm: MpiComm, timeout_s: float) -> Team:

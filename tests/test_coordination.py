@@ -1300,3 +1300,23 @@ def test_run_ranks_names_who_did_not_end():
     with pytest.raises(TimeoutError, match=r"rank-1 did not end within 0.1 s"):
         run_ranks(2, lambda comm: comm.rank and over.wait(20), timeout_s=0.1)
     over.set()
+
+
+def test_a_process_alone_keeps_its_plan_and_its_staging_memory_from_save_to_save(tmp_path):
+    team = connect()
+    state = {"w": np.arange(1 << 16)}
+    distckpt.save_async(tmp_path / "a", state).wait()
+    (plan,) = team.memory["plans"].values()
+    (buffer,) = team.memory["arena"]._free
+    distckpt.save_async(tmp_path / "b", state).wait()
+    assert connect() is team
+    assert [id(found) for found in team.memory["plans"].values()] == [id(plan)]
+    assert [id(found) for found in team.memory["arena"]._free] == [id(buffer)]
+
+
+def test_threads_of_a_process_alone_do_not_share_what_they_keep():
+    teams = []
+    thread = threading.Thread(target=lambda: teams.append(connect()))
+    thread.start()
+    thread.join()
+    assert teams[0] is not connect()
