@@ -28,6 +28,7 @@ from distckpt.match import Prefixes, Rename
 from distckpt.plan import Wants, plan_read
 from distckpt.reader import (
     BlockReader,
+    StoredFile,
     Work,
     exchange,
     read_manifest,
@@ -191,36 +192,38 @@ class Checkpoint:
             IncompleteCheckpoint: Another save has replaced it meanwhile.
         """
         manifest = self.manifest
-        files = stored_files(manifest)
-        blocks = BlockReader(self._store, dict(enumerate(files)), manifest.block_bytes)
-        damage: list[str] = []
-        first: CheckpointError | None = None
-        missing: IncompleteCheckpoint | None = None
-        for number, stored in enumerate(files):
+        blocks = BlockReader(self._store, self._files, manifest.block_bytes)
+        found: list[tuple[CheckpointError, str]] = []
+        for number, stored in self._files.items():
+            start, stop = 0, stored.table_start
             try:
                 self._check_length(stored.name, int(manifest.file_length[number]))
                 blocks.table(number)
             except (CorruptCheckpoint, IncompleteCheckpoint) as exc:
-                missing = exc if isinstance(exc, IncompleteCheckpoint) else missing
-                damage.append(f"{exc} (holds {self._tensors_in(number, 0, stored.table_start)})")
-                first = first or exc
+                found.append((exc, self._tensors_in(number, start, stop)))
                 continue
             for block in range(-(-stored.table_start // manifest.block_bytes)):
+                start = block * manifest.block_bytes
+                stop = start + manifest.block_bytes
                 try:
                     blocks.read(number, block)
                 except (CorruptCheckpoint, IncompleteCheckpoint) as exc:
-                    start = block * manifest.block_bytes
-                    held = self._tensors_in(number, start, start + manifest.block_bytes)
-                    damage.append(f"{exc} (holds {held})")
-                    first = first or exc
-        self._refuse_replaced(missing)
-        if damage:
+                    found.append((exc, self._tensors_in(number, start, stop)))
+        for failure, _ in found:
+            self._refuse_replaced(failure)
+        if found:
+            damage = [f"{failure} (holds {held})" for failure, held in found]
+            first = found[0][0]
             raise CorruptCheckpoint(
                 f"{self.url}: {len(damage)} damaged places:\n  " + "\n  ".join(damage),
                 path=getattr(first, "path", None),
                 offset_bytes=getattr(first, "offset_bytes", None),
             )
         return blocks.bytes_read
+
+    @cached_property
+    def _files(self) -> dict[int, StoredFile]:
+        return dict(enumerate(stored_files(self.manifest)))
 
     def _refuse_replaced(self, failure: CheckpointError | None) -> None:
         """Say so, where a file is missing because another save has replaced this checkpoint."""
@@ -278,9 +281,7 @@ class Checkpoint:
         )
         fragments = plan_read(pieces, itemsize, wants, block_bytes=manifest.block_bytes, ranks=1)
         work = Work(fragments, manifest.block_bytes)
-        blocks = BlockReader(
-            self._store, dict(enumerate(stored_files(manifest))), manifest.block_bytes
-        )
+        blocks = BlockReader(self._store, self._files, manifest.block_bytes)
 
         def put(key: int, box: Region, values: np.ndarray) -> None:
             del key

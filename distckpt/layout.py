@@ -238,7 +238,7 @@ def cover_faults(shape: Sequence[int], boxes: Sequence[Region], limit: int = 3) 
     Quadratic in the number of boxes: only for naming a fault that `wrong_covers` has found.
 
     Returns:
-        Texts such as ``"gap: [0:2, 3:4] is in no piece"``; ``{i}`` stands for the name of box i.
+        Texts such as ``"gap: no rank holds [0:2, 3:4]"``; ``{i}`` stands for the name of box i.
     """
     faults = []
     whole = Region.whole(tuple(shape))

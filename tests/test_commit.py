@@ -560,3 +560,20 @@ def test_a_store_that_fails_while_a_checkpoint_is_verified_is_not_taken_for_dama
     faulty.fail_from_now_on()
     with pytest.raises(StoreError, match="injected failure"):
         checkpoint.verify()
+
+
+def test_a_checkpoint_replaced_while_it_is_verified_is_not_called_damaged():
+    store = MemoryStore()
+    distckpt.save(store, {"w": np.arange(6.0)})
+    reads = []
+
+    def replace_at_the_first_block(kind, name, _):
+        # The manifest and the table have been read; then the file goes.
+        if kind == "read" and name.startswith("shard-"):
+            reads.append(name)
+            if len(reads) == 2:
+                distckpt.save(store, {"w": np.zeros(6)}, overwrite=True)
+
+    checkpoint = distckpt.open(FaultyStore(store, on_operation=replace_at_the_first_block))
+    with pytest.raises(IncompleteCheckpoint, match="replaced while"):
+        checkpoint.verify()
