@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from distckpt import codec
+from distckpt import codec, replicas
 from distckpt.errors import (
     CheckpointError,
     CheckpointExists,
@@ -20,7 +20,6 @@ from distckpt.errors import (
     UnsupportedFormat,
     from_plain,
     raise_together,
-    ranks_text,
     text,
     to_plain,
 )
@@ -35,39 +34,6 @@ from distckpt.writer import write_file
 logger = logging.getLogger(__name__)
 # How long a network file system may take to show the coordinator a file that another node has made.
 _LOOKUP_S = 5.0
-_MOST_LISTED = 20
-
-
-def _differing_replicas(outcomes: Sequence[Mapping[str, Any]], plan: WritePlan) -> str | None:
-    """Compare the checksums of replicas; None if all agree, else what differs and the ways out."""
-    check = np.concatenate([outcome["checks"]["check"] for outcome in outcomes])
-    value = np.concatenate([outcome["checks"]["sum"] for outcome in outcomes])
-    rank = np.repeat(
-        np.arange(len(outcomes)), [len(outcome["checks"]["check"]) for outcome in outcomes]
-    )
-    order = np.lexsort((rank, check))
-    check, value, rank = check[order], value[order], rank[order]
-    if not len(check):
-        return None
-    first = np.searchsorted(check, check)
-    differs = value != value[first]
-    if not differs.any():
-        return None
-    ranks: dict[str, set[int]] = {}
-    for row in np.flatnonzero(differs).tolist():
-        name = plan.names[int(plan.check_tensor[check[row]])]
-        ranks.setdefault(name, set()).add(int(rank[row]))
-    lines = [
-        f"{name!r} on {ranks_text(sorted(found))} differs from the lowest rank's"
-        for name, found in ranks.items()
-    ]
-    return (
-        f"{len(lines)} tensors that claim to be the same on several ranks are not:\n  "
-        + "\n  ".join(lines[:_MOST_LISTED])
-        + ("\n  …" if len(lines) > _MOST_LISTED else "")
-        + '\nSynchronise them before saving; or pass replicas={"<name or glob>": "rank0"} to store '
-        'the lowest rank\'s, "trust" not to compare; or wrap what differs on purpose in PerRank.'
-    )
 
 
 def write(save: Save) -> None:
@@ -104,7 +70,7 @@ def commit(save: Save) -> Waiting[Manifest | None]:
             for record in save.written
         ],
         "blobs": save.blob_lengths,
-        "checks": save.checks or {"check": np.zeros(0, np.int64), "sum": np.zeros(0, np.int64)},
+        "checks": (save.checks.check, save.checks.sum),
     }
     result: dict[str, Any] = {"error": None}
     manifest: Manifest | None = None
@@ -157,7 +123,7 @@ def _discard(save: Save) -> None:
 
 
 def _commit_at_coordinator(save: Save, outcomes: Sequence[Mapping[str, Any]]) -> Manifest:
-    store, plan = save.store, save.plan
+    store, plan = save.store, save.known.plan
     if plan is None:
         raise SaveFailed(f"{store.url}: the coordinator has no plan of this save")
     raise_together(
@@ -166,13 +132,19 @@ def _commit_at_coordinator(save: Save, outcomes: Sequence[Mapping[str, Any]]) ->
         SaveFailed,
         "save",
     )
-    differing = _differing_replicas(outcomes, plan)
+    checks = [replicas.Checksums(*outcome["checks"]) for outcome in outcomes]
+    differing = replicas.name_differing(checks, plan)
     if differing is not None:
         raise SaveFailed(f"{store.url}: {differing}", failures={COORDINATOR: differing})
     _look_up(save, outcomes)
     manifest = _make_manifest(save, plan, outcomes)
     replaced = _read_replaced(store) if save.options.overwrite else None
-    _put_manifest(store, manifest, replace=save.options.overwrite)
+    data = codec.encode(manifest)
+    if save.known.saves == 1:
+        # What a reader would refuse must not become the last committed checkpoint. Later saves of a
+        # plan differ from its first in nothing that a reader could refuse.
+        codec.decode(data)
+    _put_manifest(store, manifest.save_id, data, replace=save.options.overwrite)
     if replaced is not None:
         # Only now: until the new manifest stood, they were the last committed checkpoint.
         try:
@@ -254,16 +226,13 @@ def _make_manifest(save: Save, plan: WritePlan, outcomes: Sequence[Mapping[str, 
     )
 
 
-def _put_manifest(store: Store, manifest: Manifest, *, replace: bool) -> None:
+def _put_manifest(store: Store, save_id: int, data: bytes, *, replace: bool) -> None:
     """Write the manifest; after any error, read back whether it is there.
 
     Raises:
         CheckpointExists: Another save's was first.
         SaveFailed: It is not there; or (`committed` is None) that can't be told.
     """
-    data = codec.encode(manifest)
-    # What a reader would refuse must not become the last committed checkpoint.
-    codec.decode(data)
     try:
         # The manifest is the commit: until it exists no reader looks at the shards (invariant I1).
         store.put(MANIFEST_NAME, data, replace=replace)
@@ -280,7 +249,7 @@ def _put_manifest(store: Store, manifest: Manifest, *, replace: bool) -> None:
                 failures={COORDINATOR: text(exc)},
                 committed=None,
             ) from exc
-        if found == manifest.save_id:
+        if found == save_id:
             logger.info(
                 "%s: the manifest was stored although its writing reported: %s", store.url, exc
             )

@@ -16,10 +16,11 @@ from distckpt.plan import (
     Fragments,
     Holdings,
     Wants,
+    fragments_to_plain,
     holdings_from_plain,
     plan_read,
 )
-from distckpt.reader import fragments_to_plain, stored_files
+from distckpt.reader import stored_files
 
 ResolvePerRank = Callable[[list[Any], int, int], object]
 

@@ -24,13 +24,12 @@ from distckpt.errors import (
 from distckpt.load_plan import LoadOptions, plan_load
 from distckpt.manifest import Manifest
 from distckpt.net import Destination, Wanted, collect
-from distckpt.plan import describe, holdings_to_plain
+from distckpt.plan import describe, fragments_from_plain, holdings_to_plain
 from distckpt.reader import (
     BlockReader,
     StoredFile,
     Work,
     exchange,
-    fragments_from_plain,
     read_manifest,
     stored_dtype,
     was_replaced,

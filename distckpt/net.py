@@ -9,7 +9,7 @@ import numpy as np
 
 from distckpt.errors import MatchError
 from distckpt.region import Region, boxes_of_run
-from distckpt.state import FlatShard, Leaf, Shard, TensorLeaf, flatten
+from distckpt.state import FlatShard, Leaf, Shard, TensorLeaf, flatten, is_torch
 
 
 @dataclass(slots=True)
@@ -66,7 +66,7 @@ class Destination:
         """Whether the net's own memory is filled."""
         leaf = self.tensor.leaf
         piece = leaf.value.array if isinstance(leaf.value, (Shard, FlatShard)) else leaf.value
-        shares = isinstance(piece, np.ndarray) or type(piece).__module__.startswith("torch")
+        shares = isinstance(piece, np.ndarray) or is_torch(piece)
         return shares and self.tensor.array.flags.writeable and not leaf.assigned
 
     def memory(self) -> np.ndarray:

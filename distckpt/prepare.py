@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from distckpt import codec
+from distckpt import codec, replicas
 from distckpt.arena import Arena
 from distckpt.errors import (
     CheckpointError,
@@ -36,18 +36,17 @@ from distckpt.plan import (
     describe,
     holdings_from_plain,
     holdings_to_plain,
-    narrow,
+    part_from_plain,
+    part_to_plain,
     plan_write,
 )
-from distckpt.shardfile import RESERVED_KEYS, ShardImage, checksum_run
+from distckpt.shardfile import RESERVED_KEYS, ShardImage
 from distckpt.state import FlatState, flatten
 from distckpt.store import Store, open_store
 from distckpt.team import COORDINATOR, Late, Operation, Team
 from distckpt.waiting import Waiting
 from distckpt.writer import FileRecord, Staged, build_images, stage
 
-# Replicas are compared in full when a plan is first used, then a sixteenth of them a save, in turn.
-_CHECK_ROTATION = 16
 _CACHED_PLANS = 4
 
 
@@ -88,15 +87,24 @@ class Options:
 
 
 @dataclass(slots=True)
-class _Known:
-    """A plan that the ranks have agreed on before."""
+class Known:
+    """A plan that the ranks have agreed on.
+
+    Attributes:
+        generation: The same on all ranks, and of no other plan.
+        part: This rank's.
+        files: Number of files of all ranks.
+        plan: The whole, at the coordinator; None elsewhere.
+        saves: How many were begun with it.
+        stale: One failed: plan anew, and compare the replicas in full.
+    """
 
     generation: int
     part: WritePart
     files: int
-    plan: WritePlan | None  # at the coordinator
+    plan: WritePlan | None
     saves: int = 0
-    stale: bool = False  # a save failed: plan anew, and compare the replicas in full
+    stale: bool = False
 
 
 @dataclass(slots=True)
@@ -156,16 +164,15 @@ class Save:
         options: What was asked for.
         save_id: Its 64 random bits.
         files: Number of files of all ranks.
-        images: This rank's files, by number.
-        staged: Their copies; empty where the arrays do not change meanwhile.
-        checks: Checksums of replicas: columns ``check`` (number of the comparison) and ``sum``.
         blob_lengths: Bytes of this rank's per-rank values, by name.
         node: This rank's machine.
-        plan: All ranks' plan; at the coordinator only, if it was made for this save.
+        known: The plan; all of it at the coordinator.
         values: The plain values of all ranks.
         metadata: The user's own; at the coordinator only.
         metrics: Numbers by name; at the coordinator only.
-        known: The plan, to be marked as stale if the save fails.
+        images: This rank's files, by number.
+        staged: Their copies; empty where the arrays do not change meanwhile.
+        checks: Checksums of what other ranks hold, too.
         failure: What went wrong on this rank (`to_plain`).
         begun: Names of the files that were begun, whether or not they are there.
         written: The files that are there.
@@ -176,16 +183,15 @@ class Save:
     options: Options
     save_id: int
     files: int
-    images: dict[int, ShardImage]
-    staged: dict[int, Staged]
-    checks: dict[str, np.ndarray]
     blob_lengths: dict[str, int]
     node: str
-    plan: WritePlan | None
+    known: Known
     values: dict[str, object]
     metadata: Mapping[str, object] | None
     metrics: Mapping[str, float] | None
-    known: _Known
+    images: dict[int, ShardImage] = field(default_factory=dict)
+    staged: dict[int, Staged] = field(default_factory=dict)
+    checks: replicas.Checksums = field(default_factory=replicas.Checksums)
     failure: dict[str, object] | None = None
     begun: list[str] = field(default_factory=list)
     written: list[FileRecord] = field(default_factory=list)
@@ -234,25 +240,21 @@ def prepare(
     if mine.store is None:
         raise SaveFailed(f"{mine.where}: this storage is not open")
     save = Save(
-        mine.store,
-        operation.in_background(),
-        options,
-        shared["save_id"],
-        known.files,
-        {},
-        {},
-        {},
-        {name: len(blob) for name, blob in mine.blobs.items()},
-        team.coordinator.node,
-        known.plan,
-        shared["values"],
-        mine.metadata,
-        mine.metrics,
-        known,
+        store=mine.store,
+        operation=operation.in_background(),
+        options=options,
+        save_id=shared["save_id"],
+        files=known.files,
+        blob_lengths={name: len(blob) for name, blob in mine.blobs.items()},
+        node=team.coordinator.node,
+        known=known,
+        values=shared["values"],
+        metadata=mine.metadata,
+        metrics=mine.metrics,
     )
     try:
         save.images = build_images(mine.flat.tensors, known.part, mine.blobs, rank=team.rank)
-        save.checks = _check_replicas(mine.flat, known)
+        save.checks = replicas.take_checksums(mine.flat.tensors, known.part, saves=known.saves)
         if arena is not None:
             for file, image in save.images.items():
                 save.staged[file] = stage(image, arena)
@@ -264,14 +266,14 @@ def prepare(
 
 def _agree(
     team: Team, operation: Operation, mine: _Mine, options: Options
-) -> Waiting[tuple[_Known, dict[str, Any]]]:
+) -> Waiting[tuple[Known, dict[str, Any]]]:
     """Agree on the call; plan if any rank holds something new.
 
     Returns:
         The plan, and what the coordinator decided.
     """
     store, where, values = mine.store, mine.where, mine.values
-    plans: dict[bytes, _Known] = team.memory.setdefault("plans", {})
+    plans: dict[bytes, Known] = team.memory.setdefault("plans", {})
     digest = _digest(mine.held, options)
     known = plans.get(digest)
     known = None if known is None or known.stale else known
@@ -330,7 +332,7 @@ def _agree(
                     {
                         "error": None,
                         "files": plan.files if plan else None,
-                        "part": _part_to_plain(plan.parts[rank]) if plan else None,
+                        "part": part_to_plain(plan.parts[rank]) if plan else None,
                     }
                     for rank in range(team.size)
                 ]
@@ -345,7 +347,7 @@ def _agree(
             plans.clear()
             raise from_plain(told["error"])
         if answer["plan"]:
-            known = _Known(operation.number, _part_from_plain(told["part"]), told["files"], plan)
+            known = Known(operation.number, part_from_plain(told["part"]), told["files"], plan)
     if known is None:
         raise SaveFailed(f"{where}: nothing was planned, and this rank knows no plan")
     plans.pop(digest, None)
@@ -363,7 +365,7 @@ def _plan(
     values: dict[str, bytes],
     answer: Mapping[str, bool],
     options: Options,
-    known: _Known | None,
+    known: Known | None,
 ) -> tuple[WritePlan | None, dict[str, bytes]]:
     """At the coordinator: plan if that is needed, and unite the ranks' plain values.
 
@@ -434,24 +436,6 @@ def _digest_values(values: Mapping[str, bytes]) -> bytes:
     return found.digest()
 
 
-def _part_to_plain(part: WritePart) -> dict[str, object]:
-    columns = {
-        name: getattr(part, name) for name in WritePart.__dataclass_fields__ if name != "blob_file"
-    }
-    return {name: narrow(column) for name, column in columns.items()} | {
-        "blob_file": part.blob_file
-    }
-
-
-def _part_from_plain(plain: Mapping[str, Any]) -> WritePart:
-    columns = {
-        name: plain[name].astype(np.int64)
-        for name in WritePart.__dataclass_fields__
-        if name != "blob_file"
-    }
-    return WritePart(**columns, blob_file=plain["blob_file"])
-
-
 def _merge_values(found: Sequence[Mapping[str, bytes]]) -> dict[str, bytes]:
     """Unite the ranks' plain values.
 
@@ -500,24 +484,3 @@ def _refuse_two_kinds(plan: WritePlan, values: Mapping[str, bytes]) -> None:
             f"{len(wrong)} names are of different kinds on different ranks:\n  "
             + "\n  ".join(wrong)
         )
-
-
-def _check_replicas(flat: FlatState, known: _Known) -> dict[str, np.ndarray]:
-    """Take the checksums of what must be the same on other ranks.
-
-    Of all of it the first time, then of some in turn.
-    """
-    part = known.part
-    rows = np.arange(len(part.check))
-    if known.saves:
-        rows = rows[part.check % _CHECK_ROTATION == known.saves % _CHECK_ROTATION]
-    sums = [
-        checksum_run(
-            flat.tensors[part.check_item[row]].array,
-            flat.tensors[part.check_item[row]].dtype,
-            int(part.check_source[row]),
-            int(part.check_size[row]),
-        )
-        for row in rows.tolist()
-    ]
-    return {"check": part.check[rows], "sum": np.array(sums, np.int64)}

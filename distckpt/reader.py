@@ -18,7 +18,7 @@ from distckpt.errors import (
     text,
 )
 from distckpt.manifest import MANIFEST_NAME, Manifest, table_bytes
-from distckpt.plan import Fragments, narrow
+from distckpt.plan import Fragments
 from distckpt.region import Region, boxes_of_run
 from distckpt.shardfile import checksum, table_digest
 from distckpt.store import Store, read_object
@@ -241,18 +241,6 @@ class Work:
             if common is not None:
                 yield Copy(common, at, region.shape, common.relative_to(region.start).slices)
             at += box.size * item
-
-
-def fragments_to_plain(fragments: Fragments) -> dict[str, object]:
-    """Take fragments apart, to be sent to the rank that they concern."""
-    return {name: narrow(getattr(fragments, name)) for name in Fragments.__dataclass_fields__}
-
-
-def fragments_from_plain(plain: Mapping[str, Any]) -> Fragments:
-    """Put together what `fragments_to_plain` took apart."""
-    return Fragments(
-        **{name: plain[name].astype(np.int64) for name in Fragments.__dataclass_fields__}
-    )
 
 
 Put = Callable[[int, Region, np.ndarray], None]

@@ -355,7 +355,7 @@ def as_array(value: object) -> np.ndarray | str:
         return np.asarray(value)  # a matrix, say, becomes a plain array of the same memory
     source = value.detach() if hasattr(value, "detach") else value
     try:
-        if type(source).__module__.partition(".")[0] == "torch" and "torch" in sys.modules:
+        if is_torch(source):
             return _torch_array(cast("_TorchTensor", source), sys.modules["torch"])
         if hasattr(source, "__array__"):
             return np.asarray(source)
@@ -367,6 +367,12 @@ def as_array(value: object) -> np.ndarray | str:
         f"{_type_name(value)} can't be stored; a leaf is an array, a Shard, FlatShard or PerRank, "
         "or an int, float, bool, str, bytes or None"
     )
+
+
+def is_torch(value: object) -> bool:
+    """Whether it is a torch tensor, also of a derived class; imports no torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 class _TorchTensor(Protocol):

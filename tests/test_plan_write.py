@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from distckpt import FlatShard, LayoutError, Mesh, PerRank, Shard, codec
 from distckpt.manifest import DATA_ALIGNMENT, TABLE_DIGEST_BYTES, Manifest, table_bytes
-from distckpt.plan import describe, holdings_from_plain, holdings_to_plain, narrow, plan_write
+from distckpt.plan import describe, holdings_from_plain, holdings_to_plain, plan_write, wire
 from distckpt.plan.balance import balance
 from distckpt.region import Region
 from distckpt.shardfile import Piece, ShardImage, piece_key
@@ -667,7 +667,7 @@ def test_many_ranks_of_one_layout_are_one_grid():
 
 @given(st.lists(st.integers(0, 2**63 - 1), max_size=5))
 def test_a_column_is_narrowed_to_the_smallest_type_that_holds_it(values):
-    column = narrow(np.array(values, np.int64))
+    column = wire._narrow(np.array(values, np.int64))
     assert column.tolist() == values
     assert column.dtype == np.min_scalar_type(max(values, default=0))
 

@@ -14,14 +14,16 @@ position.
 
 from __future__ import annotations
 
-from distckpt.plan.holdings import (
-    Holdings,
-    describe,
+from distckpt.plan.holdings import Holdings, describe
+from distckpt.plan.read import Fragments, Wants, plan_read
+from distckpt.plan.wire import (
+    fragments_from_plain,
+    fragments_to_plain,
     holdings_from_plain,
     holdings_to_plain,
-    narrow,
+    part_from_plain,
+    part_to_plain,
 )
-from distckpt.plan.read import Fragments, Wants, plan_read
 from distckpt.plan.write import DEFAULT_SHARD_BYTES, Replicas, WritePart, WritePlan, plan_write
 
 __all__ = [
@@ -33,9 +35,12 @@ __all__ = [
     "WritePart",
     "WritePlan",
     "describe",
+    "fragments_from_plain",
+    "fragments_to_plain",
     "holdings_from_plain",
     "holdings_to_plain",
-    "narrow",
+    "part_from_plain",
+    "part_to_plain",
     "plan_read",
     "plan_write",
 ]

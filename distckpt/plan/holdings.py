@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -85,38 +84,4 @@ def describe(tensors: Sequence[TensorLeaf], per_rank: Sequence[str] = ()) -> Hol
         start,
         stop,
         tuple(per_rank),
-    )
-
-
-def narrow(column: np.ndarray) -> np.ndarray:
-    """Use the smallest unsigned type that holds a column, for the wire."""
-    return column.astype(np.min_scalar_type(int(column.max()) if column.size else 0))
-
-
-def holdings_to_plain(held: Holdings) -> dict[str, object]:
-    """Take it apart, to be sent to the coordinator."""
-    return {
-        "names": "\0".join(held.names),
-        "count": len(held.names),
-        "dtype": held.dtype,
-        "ndim": held.ndim,
-        "kind": held.kind,
-        "shape": narrow(held.shape),
-        "start": narrow(held.start),
-        "stop": narrow(held.stop),
-        "per_rank": list(held.per_rank),
-    }
-
-
-def holdings_from_plain(plain: Mapping[str, Any]) -> Holdings:
-    """Put together what `holdings_to_plain` took apart."""
-    return Holdings(
-        tuple(plain["names"].split("\0")) if plain["count"] else (),
-        plain["dtype"],
-        plain["ndim"],
-        plain["kind"],
-        plain["shape"].astype(np.int64),
-        plain["start"].astype(np.int64),
-        plain["stop"].astype(np.int64),
-        tuple(plain["per_rank"]),
     )
