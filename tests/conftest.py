@@ -60,7 +60,7 @@ def mpirun(tmp_path_factory):
     """
     found = Path(sys.executable).with_name("mpirun")
     if not found.exists():
-        pytest.skip("no mpirun beside this interpreter; pip install 'distckpt[mpi]' brings one")
+        pytest.fail("no mpirun beside this interpreter: pip install '.[mpi]' brings one")
 
     def run(ranks, *program, rc=None, timeout_s=150.0, meanwhile=lambda _: None):
         options = () if rc is None else ("-rc", rc)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import split
 
 from distckpt import LayoutError, Region
 from distckpt.layout import (
@@ -50,23 +51,6 @@ def covers(shape, boxes):
     start, stop = columns(boxes, len(shape))
     tensor = np.zeros(len(boxes), np.int64)
     return not wrong_covers(tensor, start, stop, np.array([shape], np.int64)).size
-
-
-def split(draw, region, count):
-    """Cut a region into up to so many boxes, anywhere."""
-    boxes = [region]
-    for _ in range(count - 1):
-        box = boxes.pop(draw(st.integers(0, len(boxes) - 1)))
-        dims = [dim for dim, extent in enumerate(box.shape) if extent > 1]
-        if not dims:
-            boxes.append(box)
-            continue
-        dim = draw(st.sampled_from(dims))
-        at = draw(st.integers(box.start[dim] + 1, box.stop[dim] - 1))
-        low, high = list(box.stop), list(box.start)
-        low[dim] = high[dim] = at
-        boxes += [Region(box.start, tuple(low)), Region(tuple(high), box.stop)]
-    return boxes
 
 
 @st.composite

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import split
 
 from distckpt.manifest import Pieces
 from distckpt.plan import Fragments, Wants, plan_read
@@ -73,22 +74,6 @@ class Case:
                 blocks[place[:2]].add(place[2])
             found[int(self.wants.rank[row]), int(self.wants.key[row])] = dict(blocks)
         return found
-
-
-def split(draw, region, count):
-    boxes = [region]
-    for _ in range(count - 1):
-        box = boxes.pop(draw(st.integers(0, len(boxes) - 1)))
-        dims = [dim for dim, extent in enumerate(box.shape) if extent > 1]
-        if not dims:
-            boxes.append(box)
-            continue
-        dim = draw(st.sampled_from(dims))
-        at = draw(st.integers(box.start[dim] + 1, box.stop[dim] - 1))
-        low, high = list(box.stop), list(box.start)
-        low[dim] = high[dim] = at
-        boxes += [Region(box.start, tuple(low)), Region(tuple(high), box.stop)]
-    return boxes
 
 
 @st.composite

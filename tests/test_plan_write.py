@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import split
 
 from distckpt import FlatShard, LayoutError, Mesh, PerRank, Shard, codec
 from distckpt.manifest import DATA_ALIGNMENT, TABLE_DIGEST_BYTES, Manifest, table_bytes
@@ -104,22 +105,6 @@ def boxed(draw, dtype, shape, ranks, whole=None):
         box = boxes[index] if index < len(boxes) else draw(st.sampled_from(boxes))
         found[rank] = Shard(blank(dtype, box.shape), box.start, shape)
     return found
-
-
-def split(draw, region, count):
-    boxes = [region]
-    for _ in range(count - 1):
-        box = boxes.pop(draw(st.integers(0, len(boxes) - 1)))
-        dims = [dim for dim, extent in enumerate(box.shape) if extent > 1]
-        if not dims:
-            boxes.append(box)
-            continue
-        dim = draw(st.sampled_from(dims))
-        at = draw(st.integers(box.start[dim] + 1, box.stop[dim] - 1))
-        low, high = list(box.stop), list(box.start)
-        low[dim] = high[dim] = at
-        boxes += [Region(box.start, tuple(low)), Region(tuple(high), box.stop)]
-    return boxes
 
 
 def flat(draw, dtype, shape, ranks, first=0):
