@@ -10,6 +10,7 @@ import os
 import re
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -1302,21 +1303,27 @@ def test_run_ranks_names_who_did_not_end():
     over.set()
 
 
+def in_a_thread(function):
+    """Run a function in a new thread, whose team nothing has used; return what it returns."""
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(function).result()
+
+
 def test_a_process_alone_keeps_its_plan_and_its_staging_memory_from_save_to_save(tmp_path):
-    team = connect()
     state = {"w": np.arange(1 << 16)}
-    distckpt.save_async(tmp_path / "a", state).wait()
-    (plan,) = team.memory["plans"].values()
-    (buffer,) = team.memory["arena"]._free
-    distckpt.save_async(tmp_path / "b", state).wait()
-    assert connect() is team
-    assert [id(found) for found in team.memory["plans"].values()] == [id(plan)]
-    assert [id(found) for found in team.memory["arena"]._free] == [id(buffer)]
+
+    def save_twice():
+        kept = []
+        for name in ("a", "b"):
+            distckpt.save_async(tmp_path / name, state).wait()
+            (plan,) = connect().memory["plans"].values()
+            (buffer,) = connect().memory["arena"]._free
+            kept.append((connect(), plan, buffer))
+        return kept
+
+    first, second = in_a_thread(save_twice)
+    assert all(one is other for one, other in zip(first, second, strict=True))
 
 
 def test_threads_of_a_process_alone_do_not_share_what_they_keep():
-    teams = []
-    thread = threading.Thread(target=lambda: teams.append(connect()))
-    thread.start()
-    thread.join()
-    assert teams[0] is not connect()
+    assert in_a_thread(connect) is not connect()
