@@ -57,11 +57,12 @@ def printed(request, capsys, monkeypatch):
     def call(*arguments):
         if request.param == "rich":
             monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-            monkeypatch.setenv("COLUMNS", "200")
-            monkeypatch.setenv("TERM", "dumb")
+            monkeypatch.setenv("COLUMNS", "200")  # heeded by terminals that aren't dumb only
+            monkeypatch.setenv("TERM", "xterm")
         status = main([str(argument) for argument in arguments])
         found = capsys.readouterr()
-        lines = [re.sub(r" {2,}", " | ", line.strip()) for line in found.out.splitlines()]
+        text = re.sub(r"\x1b\[[0-9;]*m", "", found.out)  # bold, for the header
+        lines = [re.sub(r" {2,}", " | ", line.strip()) for line in text.splitlines()]
         return status, lines, found.err
 
     return call
