@@ -1,0 +1,102 @@
+"""Other formats' files: which is it, open it, write one. One module a format."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import cast
+
+from distckpt.errors import StoreError, UnsupportedFormat
+from distckpt.foreign import ForeignStore
+from distckpt.formats.base import Format, Place
+from distckpt.manifest import MANIFEST_NAME
+from distckpt.store import Store, open_store
+
+OURS = "distckpt"
+
+# Format → the module that has it as FORMAT, in the order in which a place is tried.
+_MODULES = {
+    "safetensors": "safetensors",
+    "mindspore": "mindspore",
+    "torch": "torch",
+    "dcp": "dcp",
+    "npz": "npz",
+    "npy": "npy",
+    "keras": "keras",
+    "tensorflow": "tensorflow",
+    "orbax": "orbax",
+    "mindspore-ranks": "mindspore_ranks",
+}
+
+
+def find(name: str) -> Format:
+    """Return a format by its name.
+
+    Raises:
+        UnsupportedFormat: There is none of this name.
+    """
+    if name not in _MODULES:
+        known = ", ".join([OURS, *_MODULES])
+        raise UnsupportedFormat(f"there is no format {name!r}; there are {known}")
+    module = importlib.import_module(f"distckpt.formats.{_MODULES[name]}")
+    return cast("Format", module.FORMAT)
+
+
+def each() -> Iterator[Format]:
+    """Yield all foreign formats, in the order in which a place is tried."""
+    return map(find, _MODULES)
+
+
+def for_writing(url: str) -> str:
+    """Name the format that a destination's ending stands for; a folder becomes a checkpoint."""
+    for form in each():
+        if any(url.lower().endswith(suffix) for suffix in form.suffixes):
+            return form.name
+    return OURS
+
+
+def locate(
+    url: str | os.PathLike[str] | Store,
+    *,
+    storage_options: Mapping[str, object] | None = None,
+    format: str | None = None,
+    options: Mapping[str, object] | None = None,
+) -> Store:
+    """Open what is at a URL: a checkpoint's store, or another format's file as one.
+
+    Args:
+        url: Where; a `Store` is returned as it is.
+        storage_options: Passed to the fsspec file system.
+        format: Name of the format; by default it is told from what is there.
+        options: The format's own, such as the key of an encrypted file.
+
+    Returns:
+        The store. Where there is nothing that is known, it is the plain one: `read_manifest` says
+        what is missing.
+
+    Raises:
+        CorruptCheckpoint, UnsupportedFormat: A file of another format can't be opened.
+        StoreError: The URL can't be opened.
+    """
+    store = open_store(url, storage_options=storage_options)
+    if not isinstance(url, (str, os.PathLike)) or format == OURS:
+        return store
+    if format is None:
+        try:
+            store.size(MANIFEST_NAME)
+        except (FileNotFoundError, StoreError):
+            pass
+        else:
+            return store
+    try:
+        place = Place.at(url, storage_options)
+    except StoreError:
+        if format is not None:
+            raise
+        return store  # a store's root holds no single file
+    candidates = [find(format)] if format is not None else list(each())
+    for form in candidates:
+        if format is not None or form.sniff(place):
+            return ForeignStore(form.open(place, **(options or {})), place.url, form.name)
+    return store

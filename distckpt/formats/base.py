@@ -1,0 +1,268 @@
+"""What a format module offers: a `Format`; and what it is given."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from distckpt.errors import CorruptCheckpoint, StoreError, UnsupportedFormat
+from distckpt.foreign import Source
+from distckpt.region import Region
+from distckpt.store import LocalStore, Sink, Store, open_store
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A file, or a folder of files, in a store.
+
+    Attributes:
+        url: As the user gave it.
+        parent: The folder that it lies in.
+        name: Its name there.
+    """
+
+    url: str
+    parent: Store
+    name: str
+
+    @classmethod
+    def at(
+        cls, url: str | os.PathLike[str], storage_options: Mapping[str, object] | None = None
+    ) -> Place:
+        """Find the place of a URL; nothing is contacted.
+
+        Raises:
+            StoreError: The URL can't be opened.
+        """
+        text = os.fspath(url)
+        if "://" not in text:
+            text = os.path.abspath(text)
+        text = text.rstrip("/")
+        parent, _, name = text.rpartition("/")
+        if not name or parent.endswith(":/"):
+            raise StoreError(f"{os.fspath(url)}: expected a file or a folder in a store", url=text)
+        return cls(text, open_store(parent or "/", storage_options=storage_options), name)
+
+    def is_file(self) -> bool:
+        """Whether it is one object; False where there is nothing, or a folder."""
+        if isinstance(self.parent, LocalStore):
+            return self.local().is_file()
+        try:
+            self.parent.size(self.name)
+        except (FileNotFoundError, StoreError):
+            return False
+        return True
+
+    def exists(self) -> bool:
+        """Whether there is a file or a folder with something in it."""
+        return self.is_file() or bool(self.entries())
+
+    def size(self) -> int:
+        """Length of the file in bytes.
+
+        Raises:
+            FileNotFoundError: No such file.
+        """
+        return self.parent.size(self.name)
+
+    def read(self, start_byte: int, stop_byte: int) -> bytes:
+        """Read a range; check that it lies in the file before asking for much.
+
+        Raises:
+            CorruptCheckpoint: The file ends before.
+        """
+        buffer = bytearray(stop_byte - start_byte)
+        self.read_into(start_byte, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, start_byte: int, buffer: memoryview) -> None:
+        """Fill a buffer.
+
+        Raises:
+            CorruptCheckpoint: The file ends before.
+        """
+        try:
+            self.parent.read_into(self.name, start_byte, buffer)
+        except EOFError as exc:
+            raise CorruptCheckpoint(
+                f"{self.url}: the file is cut short: {exc}", path=self.url, offset_bytes=start_byte
+            ) from exc
+
+    def entries(self) -> list[str]:
+        """Names of what lies in the folder; empty for a file, and where there is nothing."""
+        return self.parent.names(self.name + "/")
+
+    def entry(self, name: str) -> Place:
+        """Return a place in the folder; `name` may lie deeper, such as ``rank_0/net.ckpt``."""
+        return Place(f"{self.url}/{name}", self.parent, f"{self.name}/{name}")
+
+    def beside(self, name: str) -> Place:
+        """Return a place in the same folder."""
+        return Place(f"{self.url.rpartition('/')[0]}/{name}", self.parent, name)
+
+    def create(self, length_bytes: int) -> Sink:
+        """Begin to write the file, which must not exist; see `Store.create`."""
+        return self.parent.create(self.name, length_bytes)
+
+    def put(self, data: bytes, *, replace: bool) -> None:
+        """Write the file atomically and durably; see `Store.put`."""
+        self.parent.put(self.name, data, replace=replace)
+
+    def local(self) -> Path:
+        """Return the local path, for libraries that know nothing else.
+
+        Raises:
+            UnsupportedFormat: It isn't on a local file system.
+        """
+        if not isinstance(self.parent, LocalStore):
+            raise UnsupportedFormat(
+                f"{self.url}: this format's library reads and writes local files only; copy it"
+            )
+        return Path(self.parent.url) / self.name
+
+
+class Readable(Protocol):
+    """A tensor to be written; read when it is asked for."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Its dtype, little-endian; `dtypes.find` has its entry."""
+
+    def read(self, region: Region | None = None) -> np.ndarray:
+        """Read it, or a box of it: a new C-contiguous array. Reading it all is the fast way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How to write a file of a format: steps that the caller runs, maybe on several ranks.
+
+    Nothing is visible under its name before `commit`; what was there stays until then.
+
+    Attributes:
+        parts: Each writes one file of its own, and all may run at the same time, on any rank.
+        part_bytes: How many bytes each writes, about: to share them out evenly.
+        commit: Makes them visible, at last; runs once, when all parts are done.
+        abort: Removes what was begun; runs once, in place of `commit`. Never raises.
+    """
+
+    parts: Sequence[Callable[[], None]]
+    part_bytes: Sequence[int]
+    commit: Callable[[], None]
+    abort: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is to be written.
+
+    Attributes:
+        tensors: No two of one name.
+        values: Plain values by name (int, float, bool, str, bytes, None).
+        metadata: The checkpoint's, nested plain values; kept where the format has a place for it.
+        token: Text for temporary names: random, and the same on all ranks.
+        replace: Whether what is there may be replaced; if not, something there is refused.
+    """
+
+    tensors: Sequence[Readable]
+    values: Mapping[str, object] = field(default_factory=dict)
+    metadata: Mapping[str, object] = field(default_factory=dict)
+    token: str = "0"
+    replace: bool = False
+
+
+class Format(Protocol):
+    """One foreign format. Its module imports foreign libraries inside functions only."""
+
+    @property
+    def name(self) -> str:
+        """What ``format=`` calls it."""
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Endings of file names that stand for it when writing; empty for folders."""
+
+    def sniff(self, place: Place) -> bool:
+        """Whether this place holds this format: reads a few kB, needs no library, runs nothing.
+
+        Never raises for what a file holds; a truncated or wrong file of this format is still one.
+        """
+
+    def open(self, place: Place, **options: Any) -> Source:
+        """Open it: reads which tensors there are, none of their bytes.
+
+        Args:
+            place: Where.
+            options: The format's own, with defaults; see its class.
+
+        Raises:
+            CorruptCheckpoint: It breaks the format.
+            UnsupportedFormat: It holds what can't be had here, or a library is missing.
+        """
+
+    def write(self, place: Place, wanted: Wanted, **options: Any) -> Writing:
+        """Say how to write it, in memory bounded by the largest tensor. Reads no tensor yet.
+
+        Args:
+            place: Where.
+            wanted: What.
+            options: The format's own, with defaults; see its class.
+
+        Raises:
+            UnsupportedFormat: The format can't hold some of it (all are named), can't be written,
+                or a library is missing.
+            StoreError: The store refused.
+        """
+
+
+def library(name: str, *, extra: str, format: str) -> Any:
+    """Import a foreign library.
+
+    Args:
+        name: The module.
+        extra: distckpt's extra that installs it.
+        format: The format that needs it.
+
+    Raises:
+        UnsupportedFormat: It isn't installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as exc:
+        raise UnsupportedFormat(
+            f"the {format} format needs {name.partition('.')[0]}, which can't be imported ({exc}): "
+            f"pip install 'distckpt[{extra}]'"
+        ) from exc
+
+
+def refuse(problems: Mapping[str, str], format: str) -> None:
+    """Raise one error for all that a format can't hold.
+
+    Args:
+        problems: Name → what is wrong with it.
+        format: The format.
+
+    Raises:
+        UnsupportedFormat: There are any.
+    """
+    if problems:
+        lines = [f"{name!r}: {what}" for name, what in problems.items()]
+        raise UnsupportedFormat(
+            f"{len(lines)} entries can't be written as {format}:\n  "
+            + "\n  ".join(lines[:50])
+            + (f"\n  … and {len(lines) - 50} more" if len(lines) > 50 else "")
+            + "\nLeave them out (only_prefix=, filter_prefix=, select=), or give another dtype=."
+        )
