@@ -11,6 +11,7 @@ import numpy as np
 from distckpt.checkpoint import Checkpoint, StorageOptions, Url
 from distckpt.commit import commit, write
 from distckpt.errors import SaveFailed, raise_together, to_plain
+from distckpt.formats import locate
 from distckpt.load_plan import LoadOptions, ResolvePerRank
 from distckpt.loader import LoadReport
 from distckpt.loader import load_into as load_net
@@ -27,7 +28,6 @@ from distckpt.plan import (
 from distckpt.prepare import Options, prepare
 from distckpt.reader import read_manifest
 from distckpt.state import FlatState, flatten
-from distckpt.store import open_store
 from distckpt.team import Late, connect
 
 
@@ -219,12 +219,21 @@ def plan(
         raise SaveFailed(str(late), failures=dict.fromkeys(late.ranks, str(late))) from late
 
 
-def open(url: Url, *, storage_options: StorageOptions = None) -> Checkpoint:
-    """Open a checkpoint: its manifest is read, no tensor. Not collective.
+def open(
+    url: Url,
+    *,
+    storage_options: StorageOptions = None,
+    format: str | None = None,
+    options: Mapping[str, object] | None = None,
+) -> Checkpoint:
+    """Open a checkpoint, or another format's file: no tensor is read. Not collective.
 
     Args:
         url: Where it is.
         storage_options: Passed to the fsspec file system.
+        format: Name of its format (see `distckpt.formats`); by default it is told from what is
+            there.
+        options: The format's own, such as the key of an encrypted file.
 
     Returns:
         A handle; tensors are read when it is asked for them.
@@ -232,11 +241,12 @@ def open(url: Url, *, storage_options: StorageOptions = None) -> Checkpoint:
     Raises:
         CheckpointNotFound: There is nothing.
         IncompleteCheckpoint: A save was begun here and not committed.
-        CorruptCheckpoint: The manifest is damaged.
-        UnsupportedFormat: The manifest isn't distckpt's, or of a newer version.
+        CorruptCheckpoint: The manifest, or the other format's file, is damaged.
+        UnsupportedFormat: It is of a newer version, or holds what can't be had here, or a library
+            is missing: the message says which.
         StoreError: The store failed.
     """
-    store = open_store(url, storage_options=storage_options)
+    store = locate(url, storage_options=storage_options, format=format, options=options)
     return Checkpoint(store, read_manifest(store))
 
 

@@ -19,6 +19,8 @@ from distckpt.errors import (
     IncompleteCheckpoint,
     MatchError,
 )
+from distckpt.foreign import ForeignStore
+from distckpt.formats import OURS
 from distckpt.layout import Layout
 from distckpt.load_plan import LoadOptions, ResolvePerRank
 from distckpt.loader import LoadReport
@@ -80,6 +82,11 @@ class Checkpoint:
         return self._store.url
 
     @property
+    def format(self) -> str:
+        """Name of its format: ``"distckpt"``, or what `distckpt.formats` calls it."""
+        return self._store.format if isinstance(self._store, ForeignStore) else OURS
+
+    @property
     def metadata(self) -> Mapping[str, object]:
         """What the saver gave as metadata."""
         return dict(self.manifest.metadata or {})
@@ -95,8 +102,10 @@ class Checkpoint:
         return self.manifest.step
 
     @property
-    def created(self) -> datetime:
-        """When it was committed, in UTC."""
+    def created(self) -> datetime | None:
+        """When it was committed, in UTC; None for another format's file, which doesn't say."""
+        if self.format != OURS:
+            return None
         return datetime.fromtimestamp(self.manifest.created_ns / 1e9, UTC)
 
     @property
@@ -184,6 +193,8 @@ class Checkpoint:
     def verify(self) -> int:
         """Read every byte of every file, and compare it with its checksum.
 
+        Another format's file is read, too; only where it has checksums of its own are they checked.
+
         Returns:
             The number of bytes read.
 
@@ -198,7 +209,8 @@ class Checkpoint:
             start, stop = 0, stored.table_start
             try:
                 self._check_length(stored.name, int(manifest.file_length[number]))
-                blocks.table(number)
+                if stored.digest:
+                    blocks.table(number)
             except (CorruptCheckpoint, IncompleteCheckpoint) as exc:
                 found.append((exc, self._tensors_in(number, start, stop)))
                 continue
@@ -355,9 +367,14 @@ class StoredTensor:
         return len(self.shape)
 
     @property
+    def size(self) -> int:
+        """Number of elements."""
+        return Region.whole(self.shape).size
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
-        return Region.whole(self.shape).size * self.dtype.itemsize
+        return self.size * self.dtype.itemsize
 
     def __len__(self) -> int:
         if not self.shape:

@@ -47,7 +47,8 @@ def _info(url: str) -> None:
     manifest = checkpoint.manifest
     rows = [
         ("url", checkpoint.url),
-        ("created", f"{checkpoint.created:%Y-%m-%d %H:%M:%S} UTC"),
+        ("format", checkpoint.format),
+        ("created", f"{_time(checkpoint)} UTC" if checkpoint.created else "-"),
         ("step", "-" if checkpoint.step is None else str(checkpoint.step)),
         ("saved by", f"{checkpoint.ranks} rank{'s' if checkpoint.ranks > 1 else ''}"),
         ("save id", f"{manifest.save_id:016x}"),
@@ -91,11 +92,15 @@ def _list(url: str) -> None:
 def _step_row(checkpoint: Checkpoint) -> tuple[str, ...]:
     return (
         str(checkpoint.step),
-        f"{checkpoint.created:%Y-%m-%d %H:%M:%S}",
+        _time(checkpoint),
         str(checkpoint.ranks),
         size_text(checkpoint.manifest.tensor_bytes),
         ", ".join(f"{name} {value:.4g}" for name, value in checkpoint.metrics.items()),
     )
+
+
+def _time(checkpoint: Checkpoint) -> str:
+    return f"{checkpoint.created:%Y-%m-%d %H:%M:%S}" if checkpoint.created else "-"
 
 
 def _verify(url: str) -> None:

@@ -95,7 +95,7 @@ class ForeignStore:
         format: Name of the format.
     """
 
-    def __init__(self, source: Source, url: str, format: str) -> None:  # noqa: A002
+    def __init__(self, source: Source, url: str, format: str) -> None:
         self._source = source
         self._url = url
         self.format = format
@@ -114,7 +114,8 @@ class ForeignStore:
         """
         tensors = self._source.contents.tensors
         self._check_cover(tensors)
-        layouts, sizes = [], []
+        layouts: list[Layout] = []
+        sizes: list[int] = []
         for tensor in tensors:
             boxes = sorted(tensor.boxes, key=lambda box: box.start)
             ndim = len(tensor.shape)
@@ -151,10 +152,10 @@ class ForeignStore:
         """Virtual file → (tensor, piece, bytes)."""
         places = []
         for number, tensor in enumerate(self._source.contents.tensors):
-            order = sorted(range(len(tensor.boxes)), key=lambda at, t=tensor: t.boxes[at].start)
+            starts = [box.start for box in tensor.boxes]
             places += [
                 (number, piece, tensor.boxes[piece].size * tensor.dtype.itemsize)
-                for piece in order
+                for piece in sorted(range(len(starts)), key=starts.__getitem__)
             ]
         return dict(zip(self.manifest.file_names, places, strict=True))
 

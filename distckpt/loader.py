@@ -21,6 +21,7 @@ from distckpt.errors import (
     text,
     to_plain,
 )
+from distckpt.formats import locate
 from distckpt.load_plan import LoadOptions, plan_load
 from distckpt.manifest import Manifest
 from distckpt.net import Destination, Wanted, collect
@@ -36,7 +37,7 @@ from distckpt.reader import (
 )
 from distckpt.region import Region
 from distckpt.state import Leaf, PerRank
-from distckpt.store import Store, open_store
+from distckpt.store import Store
 from distckpt.team import COORDINATOR, Late, Operation, Team
 from distckpt.waiting import Waiting
 
@@ -137,7 +138,7 @@ def load_into(
     store: Store | None = None
     failure: BaseException | None = None
     try:
-        store = open_store(url, storage_options=storage_options)
+        store = locate(url, storage_options=storage_options)
         wanted = collect(net)
     except Exception as exc:  # noqa: BLE001  a rank that fails still takes part
         failure = exc

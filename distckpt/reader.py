@@ -17,6 +17,7 @@ from distckpt.errors import (
     IncompleteCheckpoint,
     text,
 )
+from distckpt.foreign import ForeignStore
 from distckpt.manifest import MANIFEST_NAME, Manifest, table_bytes
 from distckpt.plan import Fragments
 from distckpt.region import Region, boxes_of_run
@@ -38,7 +39,7 @@ class StoredFile:
     Attributes:
         name: Its name.
         table_start: Where its checksum table begins.
-        digest: The table's digest.
+        digest: The table's digest; empty where there is no table, in other formats' files.
     """
 
     name: str
@@ -55,6 +56,8 @@ def read_manifest(store: Store) -> Manifest:
         CorruptCheckpoint, UnsupportedFormat: The manifest can't be used.
         StoreError: The store failed.
     """
+    if isinstance(store, ForeignStore):
+        return store.manifest
     path = f"{store.url}/{MANIFEST_NAME}"
     try:
         return codec.decode(read_object(store, MANIFEST_NAME), path=path)
@@ -67,7 +70,10 @@ def read_manifest(store: Store) -> Manifest:
             "never committed, or is still running. Use an earlier checkpoint"
         )
     found = f"a folder with {', '.join(names[:5])}" if names else "nothing"
-    raise CheckpointNotFound(f"{store.url}: expected a checkpoint ({MANIFEST_NAME}), found {found}")
+    raise CheckpointNotFound(
+        f"{store.url}: expected a checkpoint ({MANIFEST_NAME}), or a file of another format, found "
+        f"{found}"
+    )
 
 
 def was_replaced(store: Store, save_id: int) -> bool:
@@ -132,7 +138,7 @@ class BlockReader:
             self._scratch = np.empty(max(stop - start, min(self._block_bytes, 4 << 20)), np.uint8)
         data = self._scratch[: stop - start]
         self._read_into(stored.name, start, data.data)
-        if self._verify:
+        if self._verify and stored.digest:
             expected, found = int(self.table(file)[block]), checksum(data.data)
             if expected != found:
                 raise CorruptCheckpoint(

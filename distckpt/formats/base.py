@@ -42,7 +42,7 @@ class Place:
         """
         text = os.fspath(url)
         if "://" not in text:
-            text = os.path.abspath(text)
+            text = str(Path(text).absolute())
         text = text.rstrip("/")
         parent, _, name = text.rpartition("/")
         if not name or parent.endswith(":/"):
@@ -180,7 +180,7 @@ class Wanted:
     tensors: Sequence[Readable]
     values: Mapping[str, object] = field(default_factory=dict)
     metadata: Mapping[str, object] = field(default_factory=dict)
-    token: str = "0"
+    token: str = ""
     replace: bool = False
 
 
@@ -228,6 +228,9 @@ class Format(Protocol):
         """
 
 
+_MOST_LISTED = 50
+
+
 def library(name: str, *, extra: str, format: str) -> Any:
     """Import a foreign library.
 
@@ -262,7 +265,7 @@ def refuse(problems: Mapping[str, str], format: str) -> None:
         lines = [f"{name!r}: {what}" for name, what in problems.items()]
         raise UnsupportedFormat(
             f"{len(lines)} entries can't be written as {format}:\n  "
-            + "\n  ".join(lines[:50])
-            + (f"\n  … and {len(lines) - 50} more" if len(lines) > 50 else "")
+            + "\n  ".join(lines[:_MOST_LISTED])
+            + (f"\n  … ({len(lines)} in all)" if len(lines) > _MOST_LISTED else "")
             + "\nLeave them out (only_prefix=, filter_prefix=, select=), or give another dtype=."
         )
