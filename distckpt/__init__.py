@@ -12,6 +12,7 @@ from distckpt.api import (
     save_async,
 )
 from distckpt.checkpoint import Checkpoint, StoredTensor
+from distckpt.convert import ConvertReport, convert, name_map
 from distckpt.coordinator import Coordinator, Solo
 from distckpt.errors import (
     CheckpointError,
@@ -33,7 +34,7 @@ from distckpt.mesh import Mesh
 from distckpt.pending import PendingCheckpoint
 from distckpt.policy import EverySteps, KeepLast
 from distckpt.region import Region
-from distckpt.state import FlatShard, Net, PerRank, Shard
+from distckpt.state import FlatShard, LazyArray, Net, PerRank, Shard, register_net
 from distckpt.store import Store
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointExists",
     "CheckpointNotFound",
+    "ConvertReport",
     "Coordinator",
     "CorruptCheckpoint",
     "EverySteps",
@@ -50,6 +52,7 @@ __all__ = [
     "IncompleteCheckpoint",
     "KeepLast",
     "LayoutError",
+    "LazyArray",
     "LoadFailed",
     "LoadReport",
     "Manager",
@@ -68,11 +71,14 @@ __all__ = [
     "StoreError",
     "StoredTensor",
     "UnsupportedFormat",
+    "convert",
     "load",
     "load_into",
     "match",
+    "name_map",
     "open",
     "plan",
+    "register_net",
     "save",
     "save_async",
 ]

@@ -38,6 +38,7 @@ from distckpt.reader import (
     was_replaced,
 )
 from distckpt.region import Region
+from distckpt.state import LazyArray
 from distckpt.store import Store
 from distckpt.team import Operation, Team, connect
 from distckpt.waiting import drive
@@ -330,7 +331,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(LazyArray):
     """A tensor in a checkpoint; nothing is read before it is indexed.
 
     ``checkpoint["w"][...]`` is all of it; ``checkpoint["w"][10:20, ::2]`` reads only the blocks
@@ -365,11 +366,6 @@ class StoredTensor:
     def ndim(self) -> int:
         """Number of dimensions."""
         return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return Region.whole(self.shape).size
 
     @property
     def nbytes(self) -> int:

@@ -203,7 +203,15 @@ def text(error: BaseException) -> str:
 
 
 # Errors of what a rank was given: they keep their class when all ranks that failed report the same.
-_OF_THE_CALL = frozenset({"LayoutError", "MatchError", "CheckpointExists", "StoreError"})
+_OF_THE_CALL = frozenset(
+    {
+        "LayoutError",
+        "MatchError",
+        "CheckpointExists",
+        "StoreError",
+        "UnsupportedFormat",
+    }
+)
 
 
 def raise_together(

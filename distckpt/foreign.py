@@ -124,8 +124,8 @@ class ForeignStore:
             layouts.append(
                 Layout(
                     tensor.shape,
-                    np.array([box.start for box in boxes], np.int64).reshape(-1, ndim),
-                    np.array([box.stop for box in boxes], np.int64).reshape(-1, ndim),
+                    np.array([box.start for box in boxes], np.int64).reshape(len(boxes), ndim),
+                    np.array([box.stop for box in boxes], np.int64).reshape(len(boxes), ndim),
                     np.arange(first, len(sizes)),
                 )
             )

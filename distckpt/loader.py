@@ -36,7 +36,7 @@ from distckpt.reader import (
     was_replaced,
 )
 from distckpt.region import Region
-from distckpt.state import Leaf, PerRank
+from distckpt.state import FlatState, PerRank
 from distckpt.store import Store
 from distckpt.team import COORDINATOR, Late, Operation, Team
 from distckpt.waiting import Waiting
@@ -56,6 +56,9 @@ class LoadReport:
         cast: Wanted name → the conversion, such as ``"float32 → float16"``.
         bytes_read: From the storage, by all ranks together.
         seconds: From the call to its end on this rank.
+        net: This rank's net, loaded. It is the one that was handed in, unless that is an immutable
+            container (a tuple, a frozen dataclass, a JAX pytree) of what can't be filled in place:
+            then it is a new one, and the old one is as it was.
     """
 
     loaded: dict[str, str]
@@ -65,6 +68,7 @@ class LoadReport:
     cast: dict[str, str] = field(default_factory=dict)
     bytes_read: int = 0
     seconds: float = 0.0
+    net: object = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         lines = [
@@ -134,7 +138,7 @@ def load_into(
     """
     started = time.monotonic()
     operation = team.operation(options.timeout_s)
-    wanted = Wanted([], {}, {})
+    wanted = Wanted([], {}, {}, FlatState([], {}, {}))
     store: Store | None = None
     failure: BaseException | None = None
     try:
@@ -281,14 +285,19 @@ def _execute(
             _finish(wanted, part)
             for name, value in per_rank.items():
                 touched[name] = None
-                _replace(wanted.per_rank[name], PerRank(value))
+                wanted.per_rank[name].replace(PerRank(value))
             for name, value in part.values.items():
                 touched[name] = None
-                _replace(wanted.values[name], value)
+                wanted.values[name].replace(value)
         except Exception as exc:  # noqa: BLE001  a net's own assign() may raise anything
             failure = CheckpointError(text(exc))
     bytes_read = yield from settle(6, failure, touched, blocks.bytes_read)
-    return LoadReport(**part.report, bytes_read=bytes_read, seconds=time.monotonic() - started)
+    return LoadReport(
+        **part.report,
+        bytes_read=bytes_read,
+        seconds=time.monotonic() - started,
+        net=wanted.flat.rebuilt(),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,8 +390,3 @@ def _finish(wanted: Wanted, part: _Part) -> None:
         loaded = destination.tensor.name in part.report["loaded"]
         if loaded and destination.tensor.array.size == 0 and not destination.in_place:
             destination.finish()
-
-
-def _replace(leaf: Leaf, value: object) -> None:
-    if leaf.replace is not None:
-        leaf.replace(value)

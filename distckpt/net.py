@@ -7,9 +7,8 @@ from types import EllipsisType
 
 import numpy as np
 
-from distckpt.errors import MatchError
 from distckpt.region import Region, boxes_of_run
-from distckpt.state import FlatShard, Leaf, Shard, TensorLeaf, flatten, is_torch
+from distckpt.state import FlatState, Leaf, TensorLeaf, flatten
 
 
 @dataclass(slots=True)
@@ -64,17 +63,18 @@ class Destination:
     @property
     def in_place(self) -> bool:
         """Whether the net's own memory is filled."""
-        leaf = self.tensor.leaf
-        piece = leaf.value.array if isinstance(leaf.value, (Shard, FlatShard)) else leaf.value
-        shares = isinstance(piece, np.ndarray) or is_torch(piece)
-        return shares and self.tensor.array.flags.writeable and not leaf.assigned
+        array = self.tensor.array
+        return (
+            isinstance(array, np.ndarray) and array.flags.writeable and self.tensor.leaf.filled
+        )
 
     def memory(self) -> np.ndarray:
         """Return the array to fill."""
-        if self.in_place:
-            return self.tensor.array
+        array = self.tensor.array
+        if self.in_place and isinstance(array, np.ndarray):
+            return array
         if self._new is None:
-            self._new = np.empty(self.tensor.array.shape, self.tensor.dtype.numpy)
+            self._new = np.empty(array.shape, self.tensor.dtype.numpy)
             self._missing = self._new.size
         return self._new
 
@@ -86,17 +86,9 @@ class Destination:
 
     def finish(self) -> None:
         """Put the new array in place."""
-        array, leaf = self.memory(), self.tensor.leaf
+        array = self.memory()
         self._new = None
-        value: object = array
-        if isinstance(leaf.value, Shard):
-            value = Shard(array, leaf.value.offset, leaf.value.global_shape)
-        elif isinstance(leaf.value, FlatShard):
-            value = FlatShard(array, leaf.value.start, leaf.value.global_shape)
-        elif isinstance(leaf.value, np.generic):
-            value = array[()]
-        if leaf.replace is not None:
-            leaf.replace(value)
+        self.tensor.leaf.take(array)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +99,13 @@ class Wanted:
         destinations: The tensors.
         values: Plain values by name.
         per_rank: Per-rank values by name.
+        flat: What it was made of.
     """
 
     destinations: list[Destination]
     values: dict[str, Leaf]
     per_rank: dict[str, Leaf]
+    flat: FlatState
 
     @property
     def names(self) -> list[str]:
@@ -124,30 +118,12 @@ def collect(net: object) -> Wanted:
 
     Raises:
         LayoutError: A leaf that nothing can be loaded into.
-        MatchError: Leaves that can't be put in place, because their container is immutable.
     """
     flat = flatten(net)
     destinations = [Destination(tensor) for tensor in flat.tensors]
     for destination in destinations:
         destination.targets = _targets(destination)
-    fixed = [
-        leaf.name
-        for leaf in (*flat.values.values(), *flat.per_rank.values())
-        if leaf.replace is None
-    ]
-    fixed += [
-        destination.tensor.name
-        for destination in destinations
-        if not destination.in_place and destination.tensor.leaf.replace is None
-    ]
-    if fixed:
-        raise MatchError(
-            f"{len(fixed)} leaves of the net can't be replaced, because they lie in a tuple or a "
-            f"frozen dataclass, or are read-only: {', '.join(map(repr, fixed))}. Put them into a "
-            "dict or a list",
-            mismatched=dict.fromkeys(fixed, "immutable"),
-        )
-    return Wanted(destinations, flat.values, flat.per_rank)
+    return Wanted(destinations, flat.values, flat.per_rank, flat)
 
 
 def _targets(destination: Destination) -> list[Target]:

@@ -21,6 +21,7 @@ from distckpt import dtypes
 from distckpt.errors import LayoutError
 from distckpt.manifest import DATA_ALIGNMENT, TABLE_DIGEST_BYTES, table_bytes
 from distckpt.region import Region, boxes_of_run
+from distckpt.state import Array, LazyArray
 
 TABLE_KEY = "__crc32c__"
 METADATA_KEY = "__metadata__"
@@ -32,7 +33,7 @@ def checksum(data: memoryview | bytes) -> int:
     return crc32c(data)
 
 
-def checksum_run(array: np.ndarray, dtype: dtypes.Dtype, first: int, count: int) -> int:
+def checksum_run(array: Array, dtype: dtypes.Dtype, first: int, count: int) -> int:
     """CRC32C of a run of an array's elements as they lie in a file: C order, little-endian.
 
     Args:
@@ -93,7 +94,7 @@ class Piece:
     key: str
     dtype: dtypes.Dtype
     shape: tuple[int, ...]
-    array: np.ndarray
+    array: Array
     first: int
 
     @property
@@ -189,20 +190,20 @@ class ShardImage:
             index += 1
 
 
-def _bytes_of(array: np.ndarray, dtype: dtypes.Dtype) -> np.ndarray | None:
+def _bytes_of(array: Array, dtype: dtypes.Dtype) -> np.ndarray | None:
     """View an array as bytes in file order; None where that needs a copy."""
+    if isinstance(array, LazyArray):
+        return None
     if array.flags.c_contiguous and array.dtype == dtype.numpy:
         return array.reshape(-1).view(np.uint8)
     return None
 
 
-def copy_run(
-    array: np.ndarray, dtype: dtypes.Dtype, first: int, count: int, out: np.ndarray
-) -> None:
+def copy_run(array: Array, dtype: dtypes.Dtype, first: int, count: int, out: np.ndarray) -> None:
     """Copy a run of an array's elements as they lie in a file: C order, little-endian.
 
     Args:
-        array: The source, with any strides and byte order.
+        array: The source, with any strides and byte order; or what is read only now.
         dtype: Its type, in the file's byte order.
         first: First element in the array's C order.
         count: Elements.
@@ -211,7 +212,8 @@ def copy_run(
     target = out.view(dtype.numpy)
     at = 0
     for box in boxes_of_run(array.shape, first, first + count):
-        np.copyto(target[at : at + box.size].reshape(box.shape), array[box.slices])
+        source = array.read(box) if isinstance(array, LazyArray) else array[box.slices]
+        np.copyto(target[at : at + box.size].reshape(box.shape), source)
         at += box.size
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import operator
-import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from types import ModuleType
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-import ml_dtypes
 import numpy as np
 
 from distckpt import dtypes
 from distckpt.errors import LayoutError
+from distckpt.frameworks import jax, mindspore, torch
 from distckpt.region import Region, boxes_of_run
 
 Plain = int | float | bool | str | bytes | None
@@ -126,9 +126,44 @@ class PerRank:
     value: object
 
 
+class LazyArray(ABC):
+    """An array that is read when a save needs it, a part at a time: a tensor of a checkpoint, say.
+
+    In a state it stands for the array; the save reads it in blocks: it may be larger than memory.
+    """
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> np.dtype:
+        """Its dtype."""
+
+    @abstractmethod
+    def read(self, region: Region | None = None) -> np.ndarray:
+        """Read it, or a box of it: an array of the box's shape."""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+Array = np.ndarray | LazyArray
+
+
 @runtime_checkable
 class Net(Protocol):
-    """What an object must offer to be saved and loaded into, where it is no dict of arrays."""
+    """What an object must offer to be saved and loaded into, where it is no dict of arrays.
+
+    Where it has an attribute ``shares_memory`` that is true, arrays of `tensors` that are writable
+    are filled where they are, and `assign` is called for the rest only.
+    """
 
     def tensors(self) -> Mapping[str, object]:
         """Name → array, Shard, FlatShard, PerRank or plain value."""
@@ -143,6 +178,31 @@ class Net(Protocol):
         """
 
 
+Adapt = Callable[[Any], Net | Mapping[str, object]]
+_adapters: list[tuple[type, Adapt]] = []
+
+
+def register_net(cls: type, adapt: Adapt) -> None:
+    """Say how objects of a class are saved and loaded into. Not collective.
+
+    Args:
+        cls: The class; objects of derived classes are meant, too. What is registered later counts
+            before what is registered earlier, and before what distckpt knows by itself (nested
+            containers, torch modules, MindSpore cells, JAX pytrees and flax.nnx modules).
+        adapt: Object → a `Net`; or a mapping of names to arrays that share the object's memory, or
+            to further nested state.
+
+    Examples:
+        >>> class Table:
+        ...     def __init__(self):
+        ...         self.rows = np.zeros(3)
+        >>> register_net(Table, lambda table: {"rows": table.rows})
+        >>> [leaf.name for leaf in flatten({"table": Table()}).tensors]
+        ['table.rows']
+    """
+    _adapters.insert(0, (cls, adapt))
+
+
 @dataclass(frozen=True, slots=True)
 class Leaf:
     """One leaf of a nested state.
@@ -150,14 +210,42 @@ class Leaf:
     Attributes:
         name: Its dotted name.
         value: The leaf as it stands.
-        replace: Puts another value in its place; None where the container is immutable.
-        assigned: True for a Net's leaf, which is always put in place by `replace`, never filled.
+        replace: Puts another value in its place; where the container is immutable, in the tree that
+            `FlatState.rebuilt` makes.
+        net: The Net that it belongs to, if any.
     """
 
     name: str
     value: object
-    replace: Callable[[object], None] | None
-    assigned: bool = False
+    replace: Callable[[object], None]
+    net: Net | None = None
+
+    @property
+    def filled(self) -> bool:
+        """Whether memory that it shares with numpy is filled, and not replaced."""
+        piece = self.value.array if isinstance(self.value, (Shard, FlatShard)) else self.value
+        shares = isinstance(piece, np.ndarray) or (torch.is_tensor(piece) and torch.in_place(piece))
+        return shares and (self.net is None or getattr(self.net, "shares_memory", False))
+
+    def take(self, array: np.ndarray) -> None:
+        """Put a new array in place: as what was there before, on the same device."""
+        old = self.value
+        if isinstance(old, Shard):
+            self.replace(Shard(self._like(old.array, array), old.offset, old.global_shape))
+        elif isinstance(old, FlatShard):
+            self.replace(FlatShard(self._like(old.array, array), old.start, old.global_shape))
+        else:
+            self.replace(self._like(old, array))
+
+    def _like(self, old: object, array: np.ndarray) -> Any:  # noqa: ANN401  any framework's
+        if isinstance(old, np.generic):
+            return array[()]
+        if self.net is not None:
+            return array
+        if torch.is_tensor(old):
+            torch.put(old, array)
+            return old
+        return jax.like(old, array) if jax.is_array(old) else array
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +254,7 @@ class TensorLeaf:
 
     Attributes:
         leaf: Where it comes from.
-        array: The piece's memory, the caller's own.
+        array: The piece's memory, the caller's own; or what it is read from.
         dtype: Its type.
         shape: The whole tensor's shape.
         region: The piece, or None for a run.
@@ -174,7 +262,7 @@ class TensorLeaf:
     """
 
     leaf: Leaf
-    array: np.ndarray
+    array: Array
     dtype: dtypes.Dtype
     shape: tuple[int, ...]
     region: Region | None
@@ -188,18 +276,33 @@ class TensorLeaf:
 
 @dataclass(frozen=True, slots=True)
 class FlatState:
-    """A nested state, taken apart by kind; each in the order of the state."""
+    """A nested state, taken apart by kind; each in the order of the state.
+
+    Attributes:
+        tensors: The tensors.
+        values: Plain values by name.
+        per_rank: Per-rank values by name.
+        state: What was taken apart.
+        changes: Name → new value of the leaves that were replaced in immutable containers.
+    """
 
     tensors: list[TensorLeaf]
     values: dict[str, Leaf]
     per_rank: dict[str, Leaf]
+    state: object = None
+    changes: dict[str, object] = field(default_factory=dict)
+
+    def rebuilt(self) -> object:
+        """Return the state, made anew where immutable containers hold replaced leaves."""
+        return _rebuild(self.state, "", self.changes) if self.changes else self.state
 
 
 def flatten(state: object) -> FlatState:
     """Take a nested state apart.
 
     Args:
-        state: Nested dicts, lists, tuples and dataclasses, a `Net` at any depth, or a list of
+        state: Nested dicts, lists, tuples, dataclasses and JAX pytrees; a `Net`, a torch module, a
+            MindSpore cell or what `register_net` knows, at any depth; or a list of
             ``{"name", "data"}`` dicts. Names of nested leaves are joined with ``.``.
 
     Raises:
@@ -209,10 +312,10 @@ def flatten(state: object) -> FlatState:
     Returns:
         The leaves by kind. Arrays share their memory with the state's.
     """
-    flat = FlatState([], {}, {})
+    flat = FlatState([], {}, {}, state)
     problems: list[str] = []
     seen: set[str] = set()
-    for leaf in _walk(state, "", (), problems):
+    for leaf in _walk(state, "", (), problems, flat.changes):
         name = leaf.name
         if name in seen:
             problems.append(f"{name!r}: two leaves of the state have this name; rename one")
@@ -250,58 +353,132 @@ def _name_problem(name: str) -> str | None:
     return None
 
 
-def _walk(node: object, prefix: str, above: tuple[int, ...], problems: list[str]) -> Iterator[Leaf]:
+def _walk(
+    node: object,
+    prefix: str,
+    above: tuple[int, ...],
+    problems: list[str],
+    changes: dict[str, object],
+) -> Iterator[Leaf]:
     """Yield the leaves below *node*; *above* has the identities of the containers around it."""
     if id(node) in above:
         problems.append(f"{prefix!r}: the state contains itself")
         return
     inside = (*above, id(node))
-    for key, value, replace, assigned in _children(node):
+    for key, value, replace, net in _children(node):
         name = f"{prefix}.{key}" if above else key
         if _is_container(value):
-            yield from _walk(value, name, inside, problems)
+            yield from _walk(value, name, inside, problems, changes)
         else:
-            yield Leaf(name, value, replace, assigned)
+            yield Leaf(name, value, replace or partial(changes.__setitem__, name), net)
+
+
+def _rebuild(node: object, prefix: str, changes: Mapping[str, object]) -> object:
+    """Make anew the immutable containers that hold changed leaves, and what holds those."""
+    new: dict[str, object] = {}
+    for key, value, replace, _ in _children(node):
+        name = f"{prefix}.{key}" if prefix else key
+        inner = _is_container(value)
+        found = _rebuild(value, name, changes) if inner else changes.get(name, value)
+        if found is value:
+            continue
+        if replace is not None:
+            replace(found)
+        else:
+            new[key] = found
+    return _with(node, new) if new else node
+
+
+def _with(node: object, new: Mapping[str, object]) -> object:
+    """Copy an immutable container with other children."""
+    if not _is_container(node):
+        return new[""]
+    if isinstance(node, Mapping):
+        return type(node)({key: new.get(str(key), value) for key, value in node.items()})  # type: ignore[call-arg]
+    if isinstance(node, tuple):
+        names = getattr(node, "_fields", None)
+        if names is not None:
+            return node._replace(**new)  # type: ignore[attr-defined]
+        return type(node)(new.get(str(index), value) for index, value in enumerate(node))
+    if jax.is_node(node):
+        return jax.rebuild(node, [new.get(key, child) for key, child in jax.children(node)])
+    # Not dataclasses.replace: that runs __init__, which may want what the fields do not hold.
+    made = copy.copy(node)
+    for key, value in new.items():
+        object.__setattr__(made, key, value)
+    return made
 
 
 def _is_container(value: object) -> bool:
-    if isinstance(value, (np.ndarray, Shard, FlatShard, PerRank, type)):
+    if isinstance(value, (np.ndarray, Shard, FlatShard, PerRank, LazyArray, type)):
         return False
     return (
         isinstance(value, (Mapping, list, tuple))
         or dataclasses.is_dataclass(value)
-        or isinstance(value, Net)
+        or _adapted(value) is not None
+        or jax.is_node(value)
     )
 
 
-def _children(
-    node: object,
-) -> Iterator[tuple[str, object, Callable[[object], None] | None, bool]]:
-    """Yield (name, value, how to replace it, whether a Net assigns it), not going deeper."""
-    if not _is_container(node):
-        yield "", node, None, False
-    elif isinstance(node, Net):
-        for name, value in node.tensors().items():
-            yield name, value, partial(node.assign, name), True
-    elif isinstance(node, Mapping):
+def _adapted(value: object) -> Net | Mapping[str, object] | None:
+    """See an object as a net, or as a mapping of what it holds; None if it is neither."""
+    for cls, adapt in _adapters:
+        if isinstance(value, cls):
+            return adapt(value)
+    if isinstance(value, (*PLAIN, np.ndarray, np.generic)):
+        return None
+    if isinstance(value, Net):
+        return value
+    if isinstance(value, (Mapping, list, tuple)):
+        return None
+    if torch.is_module(value):
+        return torch.as_net(value)
+    if mindspore.is_module(value):
+        return mindspore.as_net(value)
+    return jax.as_net(value) if jax.is_module(value) else None
+
+
+_Child = tuple[str, object, Callable[[object], None] | None, Net | None]
+
+
+def _children(node: object) -> Iterator[_Child]:
+    """Yield (name, value, how to replace it, the Net that it is of), not going deeper."""
+    adapted = _adapted(node)
+    if isinstance(adapted, Net):
+        for name, value in adapted.tensors().items():
+            yield name, value, partial(adapted.assign, name), adapted
+    elif adapted is not None:
+        yield from _children(adapted)
+    elif not _is_container(node):
+        yield "", node, None, None
+    elif isinstance(node, (Mapping, list, tuple)) or dataclasses.is_dataclass(node):
+        yield from _plain_children(node)
+    else:
+        for key, value in jax.children(node):
+            yield key, value, None, None
+
+
+def _plain_children(node: object) -> Iterator[_Child]:
+    """Yield the same for what Python itself has."""
+    if isinstance(node, Mapping):
         writable = hasattr(node, "__setitem__")
         for key, value in node.items():
-            yield str(key), value, (_setter(node, key) if writable else None), False
+            yield str(key), value, (_setter(node, key) if writable else None), None
     elif isinstance(node, list) and node and all(_is_named(item) for item in node):
         for item in node:
-            yield item["name"], item["data"], _setter(item, "data"), False
+            yield item["name"], item["data"], _setter(item, "data"), None
     elif isinstance(node, list):
         for index, value in enumerate(node):
-            yield str(index), value, _setter(node, index), False
+            yield str(index), value, _setter(node, index), None
     elif isinstance(node, tuple):
         names = getattr(node, "_fields", None) or map(str, range(len(node)))
         for key, value in zip(names, node, strict=True):
-            yield key, value, None, False
+            yield key, value, None, None
     else:
         frozen = type(node).__dataclass_params__.frozen  # type: ignore[attr-defined]
-        for field in dataclasses.fields(node):  # type: ignore[arg-type]
-            value = getattr(node, field.name)
-            yield field.name, value, (None if frozen else _attribute(node, field.name)), False
+        for entry in dataclasses.fields(node):  # type: ignore[arg-type]
+            value = getattr(node, entry.name)
+            yield entry.name, value, (None if frozen else _attribute(node, entry.name)), None
 
 
 def _is_named(item: object) -> bool:
@@ -347,16 +524,22 @@ def _tensor(leaf: Leaf) -> TensorLeaf | str:
     return TensorLeaf(leaf, array, dtype, array.shape, Region.whole(array.shape), None)
 
 
-def as_array(value: object) -> np.ndarray | str:
+def as_array(value: object) -> Array | str:
     """View an array-like as numpy, sharing its memory where it can; a text if it isn't one."""
+    if isinstance(value, LazyArray):
+        return value
     if isinstance(value, np.ma.MaskedArray):
         return "a masked array; save its .data and .mask as two tensors"
     if isinstance(value, np.ndarray | np.generic):
         return np.asarray(value)  # a matrix, say, becomes a plain array of the same memory
-    source = value.detach() if hasattr(value, "detach") else value
     try:
-        if is_torch(source):
-            return _torch_array(cast("_TorchTensor", source), sys.modules["torch"])
+        if torch.is_tensor(value):
+            return torch.as_array(value)
+        if jax.is_array(value):
+            return jax.as_array(value)
+        if mindspore.is_tensor(value):
+            return mindspore.as_array(value)
+        source = value.detach() if hasattr(value, "detach") else value
         if hasattr(source, "__array__"):
             return np.asarray(source)
         if hasattr(source, "__dlpack__"):
@@ -367,28 +550,6 @@ def as_array(value: object) -> np.ndarray | str:
         f"{_type_name(value)} can't be stored; a leaf is an array, a Shard, FlatShard or PerRank, "
         "or an int, float, bool, str, bytes or None"
     )
-
-
-def is_torch(value: object) -> bool:
-    """Whether it is a torch tensor, also of a derived class; imports no torch."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
-
-
-class _TorchTensor(Protocol):
-    dtype: object
-
-    def view(self, dtype: object) -> np.typing.ArrayLike: ...
-
-
-def _torch_array(tensor: _TorchTensor, torch: ModuleType) -> np.ndarray:
-    """View a torch tensor as numpy, also of a dtype that torch's own conversion refuses."""
-    name = str(tensor.dtype).removeprefix("torch.")
-    entry = dtypes.BY_NAME.get(name)
-    if entry is None or not hasattr(ml_dtypes, name):
-        return np.asarray(cast("np.typing.ArrayLike", tensor))
-    bits = {1: torch.uint8, 2: torch.int16}[entry.itemsize]
-    return np.asarray(tensor.view(bits)).view(entry.numpy)
 
 
 def _type_name(value: object) -> str:

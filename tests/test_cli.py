@@ -185,8 +185,8 @@ def test_where_nothing_is_every_command_fails(tmp_path, command, printed):
     status, lines, error = printed(command, tmp_path / "none")
     assert (status, lines) == (1, [])
     assert error == (
-        f"CheckpointNotFound: {tmp_path / 'none'}: expected a checkpoint (manifest.binpb), found "
-        "nothing\n"
+        f"CheckpointNotFound: {tmp_path / 'none'}: expected a checkpoint (manifest.binpb), or "
+        "a file of another format, found nothing\n"
     )
 
 

@@ -811,19 +811,23 @@ def test_arrays_in_tuples_and_frozen_dataclasses_are_filled(saved):
     assert np.array_equal(w, np.ones((3, 4)))
 
 
-@pytest.mark.parametrize(
-    "net",
-    [
-        Frozen(np.zeros((3, 4))),
-        ({"w": np.zeros((3, 4))}, 0),
-        (np.float32(1),),
-        (in_memory_as(np.zeros((3, 4)), "read-only"),),
-    ],
-    ids=["a value in a frozen dataclass", "a value in a tuple", "a scalar", "a read-only array"],
-)
-def test_what_cant_be_put_in_place_is_refused(saved, net):
-    with pytest.raises(MatchError, match="can't be replaced, because they lie in a tuple"):
-        distckpt.load_into(saved, net)
+def test_what_cant_be_put_in_place_is_in_a_new_net(saved):
+    read_only = in_memory_as(np.zeros((3, 4)), "read-only")
+    net = (Frozen(read_only), np.float32(1), {"epoch": 0})
+    rename = {"w": "0.w", "n": "1", "epoch": "2.epoch"}
+    report = distckpt.load_into(saved, net, rename=rename)
+    frozen, number, mutable = report.net
+    assert not net[0].w.any()
+    assert np.array_equal(frozen.w, np.arange(12.0).reshape(3, 4))
+    assert (type(number), number) == (np.float32, 2.5)
+    assert mutable is net[2]
+
+
+def test_a_net_that_was_filled_in_place_is_the_one_of_the_report(saved):
+    net = {"w": np.zeros((3, 4))}
+    assert distckpt.load_into(saved, net).net is net
+    pair = (np.zeros((3, 4)),)
+    assert distckpt.load_into(saved, pair, rename={"w": "0"}).net is pair
 
 
 def test_read_only_arrays_are_replaced(saved):

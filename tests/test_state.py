@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distckpt import FlatShard, LayoutError, Net, PerRank, Region, Shard
+from distckpt import FlatShard, LayoutError, Net, PerRank, Region, Shard, register_net
 from distckpt.region import boxes_of_run
-from distckpt.state import flatten
+from distckpt.state import LazyArray, flatten
 
 one = np.ones(3, np.float32)
+two = np.full(3, 2, np.float32)
 
 
 def tensor_names(state):
@@ -147,16 +148,67 @@ def test_a_leaf_in_a_mutable_container_can_be_replaced():
 @pytest.mark.parametrize(
     "state", [(one,), Pair(one, one), Frozen(one), MappingProxyType({"a": one}), one]
 )
-def test_a_leaf_in_an_immutable_container_can_not_be_replaced(state):
-    assert all(tensor.leaf.replace is None for tensor in flatten(state).tensors)
+def test_a_leaf_in_an_immutable_container_is_replaced_in_a_new_one(state):
+    flat = flatten(state)
+    assert flat.rebuilt() is state
+    flat.tensors[-1].leaf.replace(two)
+    new = flat.rebuilt()
+    assert type(new) is type(state)
+    assert [leaf.array.tolist() for leaf in flatten(new).tensors] == [
+        one.tolist() for _ in flat.tensors[1:]
+    ] + [two.tolist()]
+    assert all(leaf.array is one for leaf in flatten(state).tensors)
 
 
-def test_only_a_nets_leaves_are_marked_as_assigned():
-    flat = flatten({"net": Model(a=one), "b": one})
-    assert {tensor.name: tensor.leaf.assigned for tensor in flat.tensors} == {
-        "net.a": True,
-        "b": False,
+def test_what_holds_a_new_container_is_made_anew_only_if_it_must():
+    inner = {"mutable": [one, (one, 5)], "left": (one,)}
+    state = (inner, 3)
+    flat = flatten(state)
+    flat.values["0.mutable.1.1"].replace(6)
+    assert flat.rebuilt() is state
+    assert inner["mutable"][1] == (one, 6)
+    assert inner["left"][0] is one
+
+
+def test_a_nets_leaves_are_filled_only_where_it_says_that_they_share_its_memory():
+    class Shares(Model):
+        shares_memory = True
+
+    flat = flatten({"net": Model(a=one), "shares": Shares(a=one), "b": one})
+    assert {tensor.name: tensor.leaf.filled for tensor in flat.tensors} == {
+        "net.a": False,
+        "shares.a": True,
+        "b": True,
     }
+
+
+def test_an_object_of_a_registered_class_is_seen_as_what_its_adapter_makes_of_it():
+    class Table:
+        def __init__(self, rows):
+            self.rows = rows
+
+    class Derived(Table):
+        pass
+
+    register_net(Table, lambda table: {"rows": table.rows})
+    assert tensor_names({"t": Derived(one), "u": Table([one, one])}) == [
+        "t.rows",
+        "u.rows.0",
+        "u.rows.1",
+    ]
+    register_net(Derived, lambda table: Model(only=table.rows))
+    assert tensor_names([Derived(one), Table(one)]) == ["0.only", "1.rows"]
+
+
+def test_a_lazy_array_is_a_leaf_that_is_not_read():
+    class Unread(LazyArray):
+        shape, dtype = (1 << 20, 1 << 20), np.dtype("f4")
+
+        def read(self, region=None):
+            raise AssertionError
+
+    (tensor,) = flatten({"w": Unread()}).tensors
+    assert (tensor.shape, tensor.dtype.name) == ((1 << 20, 1 << 20), "float32")
 
 
 def test_one_array_under_two_names_is_two_tensors():

@@ -19,6 +19,7 @@ OURS = "distckpt"
 # Format → the module that has it as FORMAT, in the order in which a place is tried.
 _MODULES = {
     "safetensors": "safetensors",
+    "safetensors-folder": "safetensors_folder",
     "mindspore": "mindspore",
     "torch": "torch",
     "dcp": "dcp",
@@ -46,7 +47,9 @@ def find(name: str) -> Format:
 
 def each() -> Iterator[Format]:
     """Yield all foreign formats, in the order in which a place is tried."""
-    return (find(n) for n, m in _MODULES.items() if importlib.util.find_spec(f"distckpt.formats.{m}"))  # TEMP
+    return (
+        find(n) for n, m in _MODULES.items() if importlib.util.find_spec(f"distckpt.formats.{m}")
+    )  # TEMP
 
 
 def for_writing(url: str) -> str:
@@ -83,13 +86,8 @@ def locate(
     store = open_store(url, storage_options=storage_options)
     if not isinstance(url, (str, os.PathLike)) or format == OURS:
         return store
-    if format is None:
-        try:
-            store.size(MANIFEST_NAME)
-        except (FileNotFoundError, StoreError):
-            pass
-        else:
-            return store
+    if format is None and _is_ours(store):
+        return store
     try:
         place = Place.at(url, storage_options)
     except StoreError:
@@ -101,3 +99,14 @@ def locate(
         if format is not None or form.sniff(place):
             return ForeignStore(form.open(place, **(options or {})), place.url, form.name)
     return store
+
+
+def _is_ours(store: Store) -> bool:
+    """Whether a store holds a checkpoint, or what a save has left of one."""
+    try:
+        store.size(MANIFEST_NAME)
+    except FileNotFoundError:
+        return any(name.startswith("shard-") for name in store.names())
+    except StoreError:
+        return False
+    return True

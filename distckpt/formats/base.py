@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import importlib
 import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from distckpt.errors import CorruptCheckpoint, StoreError, UnsupportedFormat
+from distckpt.errors import (
+    CheckpointExists,
+    CorruptCheckpoint,
+    StoreError,
+    UnsupportedFormat,
+)
 from distckpt.foreign import Source
 from distckpt.region import Region
 from distckpt.store import LocalStore, Sink, Store, open_store
+
+_COPY_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +103,13 @@ class Place:
                 f"{self.url}: the file is cut short: {exc}", path=self.url, offset_bytes=start_byte
             ) from exc
 
+    def head(self, length_bytes: int) -> bytes:
+        """Return the file's first bytes, for sniffing; fewer, or none, where there are no more."""
+        with suppress(CorruptCheckpoint, StoreError, FileNotFoundError):
+            if self.is_file():
+                return self.read(0, min(length_bytes, self.size()))
+        return b""
+
     def entries(self) -> list[str]:
         """Names of what lies in the folder; empty for a file, and where there is nothing."""
         return self.parent.names(self.name + "/")
@@ -104,7 +120,9 @@ class Place:
 
     def beside(self, name: str) -> Place:
         """Return a place in the same folder."""
-        return Place(f"{self.url.rpartition('/')[0]}/{name}", self.parent, name)
+        folder, slash, _ = self.name.rpartition("/")
+        url = f"{self.url.rpartition('/')[0]}/{name}"
+        return Place(url, self.parent, folder + slash + name)
 
     def create(self, length_bytes: int) -> Sink:
         """Begin to write the file, which must not exist; see `Store.create`."""
@@ -113,6 +131,44 @@ class Place:
     def put(self, data: bytes, *, replace: bool) -> None:
         """Write the file atomically and durably; see `Store.put`."""
         self.parent.put(self.name, data, replace=replace)
+
+    def delete(self) -> None:
+        """Delete the file; fine where there is none."""
+        self.parent.delete([self.name])
+
+    def move_to(self, target: Place, *, replace: bool) -> None:
+        """Give the file another name in the same store; atomic and durable on local file systems.
+
+        Raises:
+            CheckpointExists: There is a file of that name, and `replace` is False.
+            StoreError: The store refused.
+        """
+        if isinstance(self.parent, LocalStore):
+            try:
+                if replace:
+                    # Who may read the old one may read the new one, and nobody else.
+                    with suppress(FileNotFoundError):
+                        self.local().chmod(stat.S_IMODE(target.local().stat().st_mode))
+                    self.local().replace(target.local())
+                else:
+                    target.local().hardlink_to(self.local())
+            except FileExistsError as exc:
+                raise already_there(target) from exc
+            except OSError as exc:
+                raise StoreError(f"{target.url}: {exc}", url=target.url) from exc
+        else:
+            if not replace and target.is_file():
+                raise already_there(target)
+            length = self.size()
+            sink = target.create(length)
+            try:
+                for start in range(0, length, _COPY_BYTES):
+                    sink.write_at(start, self.read(start, min(start + _COPY_BYTES, length)))
+                sink.commit()
+            except BaseException:
+                sink.abort()
+                raise
+        self.delete()  # which also makes the directory's new entry durable
 
     def local(self) -> Path:
         """Return the local path, for libraries that know nothing else.
@@ -229,6 +285,53 @@ class Format(Protocol):
 
 
 _MOST_LISTED = 50
+
+
+def already_there(place: Place) -> CheckpointExists:
+    """Make the error that refuses to replace something."""
+    return CheckpointExists(
+        f"{place.url}: something is there already; write elsewhere, or pass overwrite=True"
+    )
+
+
+def write_file(
+    place: Place, wanted: Wanted, length_bytes: int, fill: Callable[[Sink], None]
+) -> Writing:
+    """Say how to write a format that is one file: under a temporary name, which commit changes.
+
+    Args:
+        place: Where.
+        wanted: Its token and whether it replaces.
+        length_bytes: Of the file, about.
+        fill: Writes all of it.
+
+    Raises:
+        CheckpointExists: Something is there, and may not be replaced.
+    """
+    if place.entries() or (not wanted.replace and place.is_file()):
+        raise already_there(place)
+    temporary = place.beside(f"{place.name.rpartition('/')[2]}.{wanted.token}")
+
+    def part() -> None:
+        sink = temporary.create(length_bytes)
+        try:
+            fill(sink)
+            sink.commit()
+        except BaseException:
+            sink.abort()
+            raise
+
+    def commit() -> None:
+        temporary.move_to(place, replace=wanted.replace)
+
+    def abort() -> None:
+        with suppress(Exception):
+            if isinstance(place.parent, LocalStore):
+                temporary.local().unlink(missing_ok=True)  # the folder stays, even an empty one
+            else:
+                temporary.delete()
+
+    return Writing([part], [length_bytes], commit, abort)
 
 
 def library(name: str, *, extra: str, format: str) -> Any:

@@ -1,0 +1,357 @@
+"""PyTorch's pickles without torch and without running them: what they say, as plain descriptions.
+
+Only the names that torch's own files of weights use are known, and each stands for a function or a
+class of this module. Any other name is refused, so no pickle can call anything.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from distckpt import dtypes
+from distckpt.errors import CorruptCheckpoint, UnsupportedFormat
+from distckpt.state import MAX_DIMENSIONS
+
+# A pickle is held in memory; honest ones have some 300 bytes a tensor.
+MAX_PICKLE_BYTES = 1 << 28
+_MAX_DEPTH = 64
+
+STORAGES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexDoubleStorage": "complex128",
+    "ComplexFloatStorage": "complex64",
+    "UntypedStorage": "",
+    # Known, so that they can be refused by what they are.
+    "QInt8Storage": "qint8",
+    "QUInt8Storage": "quint8",
+    "QInt32Storage": "qint32",
+    "QUInt4x2Storage": "quint4x2",
+    "QUInt2x4Storage": "quint2x4",
+}
+_WITHOUT_NUMPY = ("qint8", "quint8", "qint32", "quint4x2", "quint2x4", "complex32")
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A run of bytes that tensors lie in.
+
+    Attributes:
+        key: Its name in the file.
+        dtype: Name of its element type; empty for plain bytes.
+        count: Number of elements.
+    """
+
+    key: str
+    dtype: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in a storage; offset and strides count elements."""
+
+    storage: Storage
+    dtype: dtypes.Dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """First element and one past the last that it touches in the storage."""
+        if 0 in self.shape:
+            return 0, 0
+        reach = sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        return self.offset, self.offset + reach + 1
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether its elements lie in C order without gaps."""
+        expected = 1
+        for extent, step in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if extent > 1 and step != expected:
+                return False
+            expected *= max(extent, 1)
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A tensor that can't be had here, and what it is."""
+
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """Something that is neither a tensor nor a plain value, such as a set or a device."""
+
+    what: str
+
+    def __str__(self) -> str:
+        return self.what
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A class that only stands as an argument: a storage's, a dtype, a tensor's class."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+class _Dict(dict[Any, Any]):
+    """An OrderedDict; the attributes that a state_dict's has are of no use here."""
+
+    def __setstate__(self, state: object) -> None:
+        del state
+
+
+def load(data: bytes, where: str, classes: Mapping[tuple[str, str], Any] | None = None) -> Any:
+    """Read a pickle.
+
+    Args:
+        data: The pickle.
+        where: For messages.
+        classes: More names that it may use, and what they stand for.
+
+    Returns:
+        Nested dicts, lists and tuples of plain values, `Stored`, `Refused` and `Other`.
+
+    Raises:
+        UnsupportedFormat: It uses other names: it isn't made of weights only.
+        CorruptCheckpoint: It's no pickle, or none that torch writes.
+    """
+    try:
+        return _Unpickler(data, where, classes or {}).load()
+    except (CorruptCheckpoint, UnsupportedFormat):
+        raise
+    except _BROKEN as exc:
+        raise CorruptCheckpoint(
+            f"{where}: expected a pickle as torch writes it, found {type(exc).__name__}: {exc}; "
+            "write or copy the file again",
+            path=where,
+        ) from exc
+
+
+_BROKEN = (
+    pickle.UnpicklingError,
+    struct.error,
+    EOFError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
+# Not C's unpickler: that one takes memory for what a pickle only claims (the index of a PUT).
+class _Unpickler(pickle._Unpickler):  # noqa: SLF001
+    # Names by number and objects out of band have no place in a file.
+    dispatch = {  # noqa: RUF012
+        code: function
+        for code, function in pickle._Unpickler.dispatch.items()  # noqa: SLF001
+        if bytes([code])
+        not in {
+            pickle.EXT1,
+            pickle.EXT2,
+            pickle.EXT4,
+            pickle.BYTEARRAY8,
+            pickle.NEXT_BUFFER,
+            pickle.READONLY_BUFFER,
+        }
+    }
+
+    def __init__(self, data: bytes, where: str, classes: Mapping[tuple[str, str], Any]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._where = where
+        self._classes = classes
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._classes:
+            return self._classes[module, name]
+        if (module, name) in _KNOWN:
+            return _KNOWN[module, name]
+        storage = name in STORAGES and module in {"torch", "torch.storage", "torch.cuda"}
+        if storage or (module == "torch" and (name in dtypes.BY_NAME or name in _WITHOUT_NUMPY)):
+            return Named(module, name)
+        raise UnsupportedFormat(
+            f"{self._where}: the pickle uses {module}.{name}, so it holds more than weights; to "
+            "read it would mean to run it. If you trust it, load it with torch and save its "
+            "state_dict() alone"
+        )
+
+    def persistent_load(self, pid: Any) -> Storage:
+        kind, cls, key, _, count = pid[:5]
+        if kind != "storage" or not isinstance(cls, Named) or cls.name not in STORAGES:
+            raise ValueError(f"a persistent id of {kind!r}, {cls!r}")
+        if not isinstance(key, str) or type(count) is not int or count < 0:
+            raise ValueError(f"a storage {key!r} of {count!r} elements")
+        if len(pid) > 5 and pid[5] is not None:  # noqa: PLR2004  the view of a very old file
+            raise ValueError("a storage that is a view of another one")
+        return Storage(key, STORAGES[cls.name], count)
+
+
+def _tensor(storage: Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> Stored | Refused:
+    """Stand for ``_rebuild_tensor`` and its ``_v2``: the storage says the dtype."""
+    marks = rest[2] if len(rest) > 2 else None  # noqa: PLR2004
+    return _describe(storage, storage.dtype, (offset, shape, stride), marks)
+
+
+def _tensor_v3(
+    storage: Storage, offset: int, shape: Any, stride: Any, *rest: Any
+) -> Stored | Refused:
+    """Stand for ``_rebuild_tensor_v3``, where the storage is plain bytes."""
+    dtype = rest[2].name
+    return _describe(storage, dtype, (offset, shape, stride), rest[3] if len(rest) > 3 else None)  # noqa: PLR2004
+
+
+def _describe(
+    storage: Storage, dtype: str, where: tuple[Any, Any, Any], marks: Any
+) -> Stored | Refused:
+    offset, shape, stride = where[0], tuple(where[1]), tuple(where[2])
+    numbers = (offset, *shape, *stride)
+    if len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"a tensor of {len(shape)} dimensions with {len(stride)} strides")
+    if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+        raise ValueError(f"a tensor of shape {shape}, strides {stride}, offset {offset}")
+    if dtype not in dtypes.BY_NAME:
+        return Refused(f"a tensor of dtype {dtype or 'none'}, which numpy lacks")
+    if isinstance(marks, Mapping) and any(marks.values()):
+        return Refused("a conjugated or negated view; save .resolve_conj().resolve_neg()")
+    return Stored(storage, dtypes.BY_NAME[dtype], offset, shape, stride)
+
+
+def _first(data: Any, *_: Any) -> Any:
+    """Stand for ``_rebuild_parameter``: a parameter is its tensor here."""
+    return data
+
+
+def _from_type(function: Any, cls: Any, args: Any, state: Any) -> Any:
+    del state
+    if not isinstance(cls, Named) or function not in _REBUILD:
+        raise ValueError(f"a tensor of class {cls!r}")
+    return function(*args)
+
+
+def _refused(what: str) -> Callable[..., Refused]:
+    return lambda *_: Refused(what)
+
+
+def _other(what: str) -> Callable[..., Other]:
+    return lambda *args: Other(f"{what}({', '.join(map(repr, args))[:80]})")
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise ValueError(f"bytes encoded as {encoding!r}")
+    return text.encode("latin1")
+
+
+def _bytes(*args: Any) -> bytes:
+    # With a number it would take as much memory.
+    if not args:
+        return b""
+    if isinstance(args[0], str):
+        return _encode(*args)
+    if len(args) != 1 or not isinstance(args[0], (bytes, list)):
+        raise ValueError("bytes of something else")
+    return bytes(args[0])
+
+
+_UTILS = {
+    "_rebuild_tensor": _tensor,
+    "_rebuild_tensor_v2": _tensor,
+    "_rebuild_tensor_v3": _tensor_v3,
+    "_rebuild_parameter": _first,
+    "_rebuild_parameter_with_state": _first,
+    "_rebuild_qtensor": _refused("a quantized tensor; save its int_repr(), scale and zero point"),
+    "_rebuild_sparse_tensor": _refused("a sparse tensor; save its to_dense()"),
+    "_rebuild_nested_tensor": _refused("a nested tensor; save its parts"),
+    "_rebuild_meta_tensor_no_storage": _refused("a tensor on the meta device, without data"),
+    "_rebuild_wrapper_subclass": _refused("a tensor made of other tensors; save those"),
+    "_rebuild_device_tensor_from_numpy": _refused("a tensor of a special device; save its .cpu()"),
+    "_rebuild_device_tensor_from_cpu_tensor": _refused(
+        "a tensor of a special device; save its .cpu()"
+    ),
+}
+_REBUILD = frozenset(_UTILS.values())
+_QUANTIZATIONS = ("per_tensor_affine", "per_tensor_symmetric", "per_channel_affine",
+                  "per_channel_symmetric", "per_channel_affine_float_qparams")  # fmt: skip
+_KNOWN: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): _Dict,
+    ("collections", "Counter"): _Dict,
+    ("collections", "defaultdict"): lambda *_: _Dict(),
+    ("builtins", "bytearray"): _bytes,
+    ("builtins", "bytes"): _bytes,
+    ("builtins", "set"): _other("set"),
+    ("builtins", "complex"): _other("complex"),
+    ("__builtin__", "bytearray"): _bytes,
+    ("__builtin__", "bytes"): _bytes,
+    ("__builtin__", "set"): _other("set"),
+    ("__builtin__", "complex"): _other("complex"),
+    ("_codecs", "encode"): _encode,
+    ("torch", "Size"): lambda sizes=(): tuple(sizes),
+    ("torch", "device"): _other("torch.device"),
+    ("torch", "Tensor"): Named("torch", "Tensor"),
+    ("torch.nn.parameter", "Parameter"): Named("torch", "Parameter"),
+    ("torch.serialization", "_get_layout"): _other("torch.layout"),
+    ("torch._tensor", "_rebuild_from_type_v2"): _from_type,
+    **{("torch._utils", name): function for name, function in _UTILS.items()},
+    **{("torch", name): Other(f"torch.{name}") for name in _QUANTIZATIONS},
+}
+
+
+def leaves(root: object, where: str, limit: int) -> Iterator[tuple[str, object]]:
+    """Yield what lies in nested containers, under dotted names.
+
+    Args:
+        root: What `load` returned.
+        where: For messages.
+        limit: How many nodes it may have; a pickle can say one thing a million times.
+
+    Raises:
+        CorruptCheckpoint: There are more, or they lie too deep.
+    """
+    seen = 0
+    stack: list[tuple[str, object, int]] = [("", root, 0)]
+    while stack:
+        name, node, depth = stack.pop()
+        seen += 1
+        if seen > limit or depth > _MAX_DEPTH:
+            found = f"{depth} levels" if depth > _MAX_DEPTH else f"more than {limit} entries"
+            raise CorruptCheckpoint(
+                f"{where}: {found} of nested containers, at {name[:200]!r}; the pickle refers to "
+                "the same ones over and over, or they contain themselves",
+                path=where,
+            )
+        if isinstance(node, dict):
+            below = [(str(key), value) for key, value in node.items()]
+        elif isinstance(node, (list, tuple)):
+            below = [(str(index), value) for index, value in enumerate(node)]
+        else:
+            yield name, node
+            continue
+        stack += [
+            (f"{name}.{key}" if depth else key, value, depth + 1) for key, value in reversed(below)
+        ]
