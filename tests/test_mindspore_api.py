@@ -598,6 +598,18 @@ def test_mindspores_context_drives_the_callback():
     assert files() == ["net-1_2.ckpt", "net-2_1.ckpt", "net-2_2.ckpt"]
 
 
+def test_a_second_training_with_one_callback_is_saved_from_its_first_step():
+    callback = ModelCheckpoint("net", "ckpt", CheckpointConfig(2, keep_checkpoint_max=9))
+    for epochs in (1, 2):
+        callback.on_train_begin(RunContext(train_network=net()))
+        for step in range(1, 3):
+            told = RunContext(
+                cur_step_num=step, cur_epoch_num=epochs, batch_num=2, train_network=net()
+            )
+            callback.on_train_step_end(told)
+    assert files() == ["net-1_2.ckpt", "net-2_2.ckpt"]
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -34,7 +35,7 @@ class _Fields:
 
     def get(self, name: str) -> Any:
         if not isinstance(self.state, Mapping):
-            raise TypeError(f"a {type(self).__name__} of {self.state!r}")
+            raise TypeError(f"a {type(self).__name__} of {reprlib.repr(self.state)}")
         return self.state.get(name)
 
 
@@ -155,7 +156,7 @@ class DcpSource:
         others: list[tuple[str, object]] = []
         for name, kind in metadata.get("state_dict_metadata").items():
             if not isinstance(name, str):
-                raise TypeError(f"a name {name!r}")
+                raise TypeError(f"a name {reprlib.repr(name)}")
             if isinstance(kind, _OfTensor):
                 described, where = self._tensor(name, kind, parts)
                 tensors.append(described)
@@ -200,7 +201,9 @@ class DcpSource:
                     f"{self._where}: {name!r} was transformed by "
                     f"{', '.join(info.get('transform_descriptors'))}; save it without extensions"
                 )
-            if file not in sizes:
+            if not isinstance(name, str):
+                raise TypeError(f"a name {reprlib.repr(name)}")
+            if not isinstance(file, str) or file not in sizes:
                 sizes[file] = self._size(file)
             if not (isinstance(start, int) and 0 <= start <= stop <= sizes[file]):
                 raise self._corrupt(
@@ -208,7 +211,7 @@ class DcpSource:
                     "copy the folder again"
                 )
             claimed += stop - start
-            parts[name, None if offset is None else tuple(offset)] = _Part(file, start, stop)
+            parts[name, None if offset is None else _extents(offset)] = _Part(file, start, stop)
         if claimed > sum(sizes.values()):
             raise self._corrupt(
                 f"its pieces claim {claimed} bytes, and its files have {sum(sizes.values())}"
@@ -219,7 +222,9 @@ class DcpSource:
         """Length of a file of the folder, and of no other."""
         steps = file.split("/") if isinstance(file, str) else [".."]
         if not isinstance(file, str) or "\\" in file or {"", ".", ".."} & {*steps} or ":" in file:
-            raise self._corrupt(f"{file!r} is no file of this folder; nothing outside it is read")
+            raise self._corrupt(
+                f"{reprlib.repr(file)} is no file of this folder; nothing outside it is read"
+            )
         try:
             return self._place.entry(file).size()
         except FileNotFoundError as exc:
@@ -294,13 +299,13 @@ def _dtype_name(properties: _Properties) -> str:
     state = properties.state
     dtype = state.get("dtype") if isinstance(state, Mapping) else state[0]  # type: ignore[index]
     if not isinstance(dtype, torch_pickle.Named):
-        raise TypeError(f"a dtype {dtype!r}")
+        raise TypeError(f"a dtype {reprlib.repr(dtype)}")
     return dtype.name
 
 
 def _extents(sizes: Any) -> tuple[int, ...]:
     if not isinstance(sizes, tuple) or len(sizes) > MAX_DIMENSIONS:
-        raise TypeError(f"extents {sizes!r}")
+        raise TypeError(f"extents {reprlib.repr(sizes)}")
     if not all(type(extent) is int and 0 <= extent <= MAX_TENSOR_BYTES for extent in sizes):
-        raise ValueError(f"extents {sizes!r}")
+        raise ValueError(f"extents {reprlib.repr(sizes)}")
     return sizes

@@ -148,6 +148,7 @@ def _write(sink: Sink, tensors: Sequence[Readable], comment: bytes) -> None:
                     data = tensor.read().reshape(-1).view(np.uint8).data
                     for start in range(0, len(data), BLOCK_BYTES):
                         member.write(data[start : start + BLOCK_BYTES])
+                    del data  # before the next tensor comes
         archive.comment = comment
 
 

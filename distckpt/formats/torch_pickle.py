@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import io
 import pickle
+import reprlib
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from distckpt import dtypes
 from distckpt.errors import CorruptCheckpoint, UnsupportedFormat
@@ -120,6 +121,11 @@ class Named:
 class _Dict(dict[Any, Any]):
     """An OrderedDict; the attributes that a state_dict's has are of no use here."""
 
+    def __init__(self, pairs: Any = ()) -> None:
+        super().__init__()
+        for key, value in pairs.items() if isinstance(pairs, dict) else pairs:
+            _set(self, key, value)
+
     def __setstate__(self, state: object) -> None:
         del state
 
@@ -167,8 +173,9 @@ _BROKEN = (
 
 # Not C's unpickler: that one takes memory for what a pickle only claims (the index of a PUT).
 class _Unpickler(pickle._Unpickler):  # noqa: SLF001
-    # Names by number and objects out of band have no place in a file.
-    dispatch = {  # noqa: RUF012
+    # Names by number and objects out of band have no place in a file, nor has what hashes
+    # tuples: a few bytes can say one that takes for ever.
+    dispatch: ClassVar[dict[int, Any]] = {
         code: function
         for code, function in pickle._Unpickler.dispatch.items()  # noqa: SLF001
         if bytes([code])
@@ -179,6 +186,9 @@ class _Unpickler(pickle._Unpickler):  # noqa: SLF001
             pickle.BYTEARRAY8,
             pickle.NEXT_BUFFER,
             pickle.READONLY_BUFFER,
+            pickle.EMPTY_SET,
+            pickle.FROZENSET,
+            pickle.ADDITEMS,
         }
     }
 
@@ -201,15 +211,37 @@ class _Unpickler(pickle._Unpickler):  # noqa: SLF001
             "state_dict() alone"
         )
 
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        _set(self.stack[-1], key, value)
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            _set(self.stack[-1], key, value)
+
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+
     def persistent_load(self, pid: Any) -> Storage:
         kind, cls, key, _, count = pid[:5]
         if kind != "storage" or not isinstance(cls, Named) or cls.name not in STORAGES:
-            raise ValueError(f"a persistent id of {kind!r}, {cls!r}")
+            raise ValueError(f"a persistent id of {reprlib.repr(kind)}, {reprlib.repr(cls)}")
         if not isinstance(key, str) or type(count) is not int or count < 0:
-            raise ValueError(f"a storage {key!r} of {count!r} elements")
+            raise ValueError(f"a storage {reprlib.repr(key)} of {reprlib.repr(count)} elements")
         if len(pid) > 5 and pid[5] is not None:  # noqa: PLR2004  the view of a very old file
             raise ValueError("a storage that is a view of another one")
         return Storage(key, STORAGES[cls.name], count)
+
+
+def _set(target: Any, key: Any, value: Any) -> None:
+    if isinstance(key, (tuple, Stored, Storage)):
+        raise TypeError(f"a key that is a {type(key).__name__}")
+    target[key] = value
 
 
 def _tensor(storage: Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> Stored | Refused:
@@ -234,7 +266,7 @@ def _describe(
     if len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"a tensor of {len(shape)} dimensions with {len(stride)} strides")
     if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
-        raise ValueError(f"a tensor of shape {shape}, strides {stride}, offset {offset}")
+        raise ValueError(f"a tensor of {reprlib.repr((shape, stride, offset))}")
     if dtype not in dtypes.BY_NAME:
         return Refused(f"a tensor of dtype {dtype or 'none'}, which numpy lacks")
     if isinstance(marks, Mapping) and any(marks.values()):
@@ -249,8 +281,8 @@ def _first(data: Any, *_: Any) -> Any:
 
 def _from_type(function: Any, cls: Any, args: Any, state: Any) -> Any:
     del state
-    if not isinstance(cls, Named) or function not in _REBUILD:
-        raise ValueError(f"a tensor of class {cls!r}")
+    if not isinstance(cls, Named) or isinstance(function, tuple) or function not in _REBUILD:
+        raise ValueError(f"a tensor of class {reprlib.repr(cls)}")
     return function(*args)
 
 
@@ -259,12 +291,12 @@ def _refused(what: str) -> Callable[..., Refused]:
 
 
 def _other(what: str) -> Callable[..., Other]:
-    return lambda *args: Other(f"{what}({', '.join(map(repr, args))[:80]})")
+    return lambda *args: Other(f"{what}({', '.join(map(reprlib.repr, args))[:80]})")
 
 
 def _encode(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
-        raise ValueError(f"bytes encoded as {encoding!r}")
+        raise ValueError(f"bytes encoded as {reprlib.repr(encoding)}")
     return text.encode("latin1")
 
 

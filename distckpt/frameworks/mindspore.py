@@ -9,6 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from distckpt.errors import LayoutError
+
 
 def is_tensor(value: object) -> bool:
     """Whether it is a MindSpore tensor or parameter."""
@@ -45,15 +47,24 @@ class CellNet:
     parameters' own, which an optimizer's cell has prefixed.
 
     Args:
-        cell: The cell; its parameters are looked up at each call.
+        cell: The cell.
+
+    Raises:
+        LayoutError: Two parameters of one name.
     """
 
     def __init__(self, cell: Any) -> None:
-        self._cell = cell
+        self._parameters: dict[str, Any] = {}
+        for parameter in cell.get_parameters():
+            if self._parameters.setdefault(parameter.name, parameter) is not parameter:
+                raise LayoutError(
+                    f"{parameter.name!r}: two parameters of this {type(cell).__name__} have this "
+                    "name; give each its own (Parameter(name=), Cell.update_parameters_name)"
+                )
 
     def tensors(self) -> Mapping[str, object]:
         """Name → parameter."""
-        return {parameter.name: parameter for parameter in self._cell.get_parameters()}
+        return self._parameters
 
     def assign(self, name: str, value: object) -> None:
         """Set the parameter of this name to an array of its shape and dtype.
@@ -61,5 +72,4 @@ class CellNet:
         Raises:
             KeyError: No such name.
         """
-        parameter: Any = self.tensors()[name]
-        parameter.set_data(sys.modules["mindspore"].Tensor(np.ascontiguousarray(value)))
+        self._parameters[name].set_data(sys.modules["mindspore"].Tensor(np.ascontiguousarray(value)))

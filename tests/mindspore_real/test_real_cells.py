@@ -12,6 +12,7 @@ ms = pytest.importorskip("mindspore")
 
 import mindspore.dataset  # noqa: E402
 
+import distckpt  # noqa: E402
 from distckpt import mindspore as ours  # noqa: E402
 
 nn = ms.nn
@@ -334,3 +335,47 @@ def test_the_real_callback_and_ours_name_files_alike():
         assert_equal(
             arrays(ours.load_checkpoint(f"ours/{name}")), arrays(ms.load_checkpoint(f"real/{name}"))
         )
+
+
+def test_two_parameters_of_one_name_are_refused():
+    class Twice(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.a = ms.Parameter(ms.Tensor(np.ones(2, np.float32)), name="a")
+            self.b = ms.Parameter(ms.Tensor(np.ones(2, np.float32)), name="b")
+
+    cell = Twice()
+    cell.b.name = "a"
+    with pytest.raises(distckpt.LayoutError, match="two parameters of this Twice have this name"):
+        distckpt.plan(cell)
+
+
+def test_a_cell_is_a_net_of_distckpt_itself():
+    net = Net()
+    for number, parameter in enumerate(net.get_parameters()):
+        parameter.set_data(ms.Tensor(np.full(parameter.shape, number + 1, np.float32)))
+    distckpt.save("run", {"net": net, "epoch": 3})
+    other = {"net": Net(), "epoch": 0}
+    report = distckpt.load_into("run", other, strict=True)
+    assert report.net is other
+    assert other["epoch"] == 3
+    for before, after in zip(net.get_parameters(), other["net"].get_parameters(), strict=True):
+        assert np.array_equal(before.asnumpy(), after.asnumpy())
+    wrapped = Wrapped()
+    distckpt.save("plain", net)
+    report = distckpt.load_into("plain", wrapped)
+    assert report.loaded["net.head.bias"] == "head.bias"
+    assert np.array_equal(wrapped.net.head.bias.asnumpy(), net.head.bias.asnumpy())
+
+
+def test_a_bfloat16_parameter_is_saved_and_loaded_bit_for_bit():
+    class Half(nn.Cell):
+        def __init__(self, value):
+            super().__init__()
+            self.w = ms.Parameter(ms.Tensor(np.array(value), ms.bfloat16), name="w")
+
+    distckpt.save("half", Half([1.5, -3.0]))
+    cell = Half([0.0, 0.0])
+    distckpt.load_into("half", cell, strict=True)
+    assert cell.w.dtype == ms.bfloat16
+    assert cell.w.asnumpy().astype(np.float32).tolist() == [1.5, -3.0]
