@@ -146,15 +146,31 @@ def name_map(path: str | os.PathLike[str]) -> dict[str, str]:
     return found
 
 
+@dataclass(slots=True)
+class _Window:
+    """The piece that was read last: one for all tensors of a conversion.
+
+    Attributes:
+        owner: The tensor that it is of.
+        box: Where it lies there.
+        values: What it holds.
+    """
+
+    owner: _Converted | None = None
+    box: Region = field(default_factory=lambda: Region((), ()))
+    values: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+
 class _Converted(LazyArray):
     """A tensor of the source, as it is to be written."""
 
-    def __init__(self, source: StoredTensor, name: str, dtype: np.dtype) -> None:
+    def __init__(
+        self, source: StoredTensor, name: str, dtype: np.dtype, window: _Window | None = None
+    ) -> None:
         self._source = source
         self._dtype = dtype
+        self._window = window or _Window()
         self.name = name
-        self._window: Region | None = None
-        self._values = np.empty(0, dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -170,17 +186,15 @@ class _Converted(LazyArray):
         """Read it or a box of it; small boxes one after another are read in larger pieces."""
         whole = Region.whole(self.shape)
         region = whole if region is None else region
-        if self._window is None or region & self._window != region:
-            window = self._around(region.start)
-            if region == whole or region & window != region:
+        window = self._window
+        if window.owner is not self or region & window.box != region:
+            box = self._around(region.start)
+            if region == whole or region & box != region:
                 return self._cast(self._source.read(region))
-            self._values = np.empty(0, self._dtype)  # the old one goes before the new one comes
-            self._values = self._cast(self._source.read(window))
-            self._window = window
-        values = self._values[region.relative_to(self._window.start).slices]
-        if region.stop == whole.stop:  # read to its end: nothing more will be asked
-            self._window, self._values = None, np.empty(0, self._dtype)
-        return values
+            window.owner, window.values = None, np.empty(0)  # first, to keep one at a time
+            window.values = self._cast(self._source.read(box))
+            window.owner, window.box = self, box
+        return window.values[region.relative_to(window.box.start).slices]
 
     def _around(self, start: tuple[int, ...]) -> Region:
         """Return a contiguous box of a piece's size that begins in the row of an element."""
@@ -362,7 +376,7 @@ class _Job:
         if isinstance(rename, (str, os.PathLike)):
             rename = name_map(rename)
         new = _renamed(names, rename)
-        tensors, cast = [], {}
+        tensors, cast, window = [], {}, _Window()
         for name in names:
             if name not in source:
                 continue
@@ -370,7 +384,7 @@ class _Job:
             kind = _cast_of(name, found.dtype, dtype)
             if kind != found.dtype:
                 cast[new[name]] = f"{found.dtype.name} → {kind.name}"
-            tensors.append(_Converted(found, new[name], kind))
+            tensors.append(_Converted(found, new[name], kind, window))
         mapping = rename if isinstance(rename, Mapping) else {}
         return cls(
             tensors,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
 import struct
 import threading
 import tracemalloc
@@ -444,7 +443,7 @@ class Evil:
 @pytest.mark.parametrize("ending", ["npz", "npy"])
 def test_pickled_objects_are_refused_and_not_run(tmp_path, ending):
     objects = npy_of(np.array([Evil()], dtype=object), allow_pickle=True)
-    assert pickle.dumps(Evil())[:2] in objects
+    assert b"a pickle was run" in objects
     path = tmp_path / f"a.{ending}"
     path.write_bytes(objects)
     if ending == "npz":

@@ -33,7 +33,10 @@ _ENTRY = re.compile(
 _EXTENTS = re.compile(r"\(\s*((?:\d+L?\s*,\s*)*)(\d+L?)?\s*\)")
 _PLAIN_DESCR = re.compile(r"'([<>|])([biufc]\d{1,2})'")
 _VOID_DESCR = re.compile(r"'[<|]([Vf]\d{1,2})'")
-_NUMPY_NAMES = {entry.numpy.str[1:]: entry for entry in dtypes.TABLE if entry.numpy.isbuiltin != 2}
+_REGISTERED = 2  # numpy's mark of types that others, such as ml_dtypes, have added
+_NUMPY_NAMES = {
+    entry.numpy.str[1:]: entry for entry in dtypes.TABLE if entry.numpy.isbuiltin != _REGISTERED
+}
 
 
 @dataclass(frozen=True, slots=True)

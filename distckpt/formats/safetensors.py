@@ -158,12 +158,14 @@ def parse_object(place: Place, text: bytes, start_byte: int = 0) -> dict[str, An
     def no_number(word: str) -> None:
         raise ValueError(f"{word} is no JSON")
 
-    try:
-        if len(text) > _SMALL_BYTES and _BRACKET_BYTES * (
-            text.count(b"[") + text.count(b"{")
-        ) > len(text):
+    def parse() -> object:
+        brackets = text.count(b"[") + text.count(b"{")
+        if len(text) > _SMALL_BYTES and brackets * _BRACKET_BYTES > len(text):
             raise ValueError("it has more brackets than any header")
-        found = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=no_number)
+        return json.loads(text.decode(), object_pairs_hook=unique, parse_constant=no_number)
+
+    try:
+        found = parse()
     except RecursionError:
         problem = "it is nested too deeply"
     except ValueError as exc:

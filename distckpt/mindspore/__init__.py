@@ -19,6 +19,11 @@ from distckpt.mindspore.config import CheckpointConfig
 from distckpt.mindspore.loading import CheckpointFileNotFound, load_checkpoint
 from distckpt.mindspore.nets import NetMismatch, load_param_into_net
 from distckpt.mindspore.saving import save_checkpoint
+from distckpt.mindspore.transform import (
+    build_searched_strategy,
+    merge_pipeline_strategys,
+    transform_checkpoints,
+)
 from distckpt.mindspore.values import Parameters
 
 if TYPE_CHECKING:
@@ -33,9 +38,12 @@ __all__ = [
     "Parameters",
     "PendingSave",
     "Tensor",
+    "build_searched_strategy",
     "load_checkpoint",
     "load_param_into_net",
+    "merge_pipeline_strategys",
     "save_checkpoint",
+    "transform_checkpoints",
 ]
 
 
