@@ -460,13 +460,13 @@ def _write(team: Team, operation: Operation, target: str, begin: Callable[[], Wr
                 if writing is not None:
                     writing.commit()
         except Exception as exc:  # noqa: BLE001  the others wait for the outcome
-            if writing is not None:
-                writing.abort()
             if isinstance(exc, Late):
                 exc = SaveFailed(str(exc), failures=dict.fromkeys(exc.ranks, str(exc)))
             outcome["error"] = to_plain(exc)
         told = yield from operation.broadcast(_FINISH + 1, outcome, "finish the conversion")
         if told["error"] is not None:
+            if writing is not None:
+                writing.abort()
             raise from_plain(told["error"]) from failure
 
     team.drive(finish())

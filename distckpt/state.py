@@ -393,6 +393,8 @@ def _with(node: object, new: Mapping[str, object]) -> object:
     """Copy an immutable container with other children."""
     if not _is_container(node):
         return new[""]
+    if jax.is_node(node):
+        return jax.rebuild(node, [new.get(key, child) for key, child in jax.children(node)])
     if isinstance(node, Mapping):
         return type(node)({key: new.get(str(key), value) for key, value in node.items()})  # type: ignore[call-arg]
     if isinstance(node, tuple):
@@ -400,8 +402,6 @@ def _with(node: object, new: Mapping[str, object]) -> object:
         if names is not None:
             return node._replace(**new)  # type: ignore[attr-defined]
         return type(node)(new.get(str(index), value) for index, value in enumerate(node))
-    if jax.is_node(node):
-        return jax.rebuild(node, [new.get(key, child) for key, child in jax.children(node)])
     # Not dataclasses.replace: that runs __init__, which may want what the fields do not hold.
     made = copy.copy(node)
     for key, value in new.items():
@@ -410,7 +410,7 @@ def _with(node: object, new: Mapping[str, object]) -> object:
 
 
 def _is_container(value: object) -> bool:
-    if isinstance(value, (np.ndarray, Shard, FlatShard, PerRank, LazyArray, type)):
+    if isinstance(value, (np.ndarray, Shard, FlatShard, PerRank, LazyArray, type, *PLAIN)):
         return False
     return (
         isinstance(value, (Mapping, list, tuple))
@@ -429,8 +429,6 @@ def _adapted(value: object) -> Net | Mapping[str, object] | None:
         return None
     if isinstance(value, Net):
         return value
-    if isinstance(value, (Mapping, list, tuple)):
-        return None
     if torch.is_module(value):
         return torch.as_net(value)
     if mindspore.is_module(value):
@@ -449,13 +447,13 @@ def _children(node: object) -> Iterator[_Child]:
             yield name, value, partial(adapted.assign, name), adapted
     elif adapted is not None:
         yield from _children(adapted)
-    elif not _is_container(node):
-        yield "", node, None, None
-    elif isinstance(node, (Mapping, list, tuple)) or dataclasses.is_dataclass(node):
-        yield from _plain_children(node)
-    else:
+    elif jax.is_node(node):  # also where it is a mapping or a dataclass, too
         for key, value in jax.children(node):
             yield key, value, None, None
+    elif _is_container(node):
+        yield from _plain_children(node)
+    else:
+        yield "", node, None, None
 
 
 def _plain_children(node: object) -> Iterator[_Child]:

@@ -349,7 +349,10 @@ def test_every_call_raises_not_found_where_nothing_is():
     errors = every_call(MemoryStore())
     assert {type(error) for error in errors} == {CheckpointNotFound}
     assert all(isinstance(error, FileNotFoundError) for error in errors)
-    assert str(errors[0]) == "memory-store: expected a checkpoint (manifest.binpb), found nothing"
+    assert str(errors[0]) == (
+        "memory-store: expected a checkpoint (manifest.binpb), or a file of another format, found "
+        "nothing"
+    )
 
 
 def test_every_call_says_what_else_it_found():

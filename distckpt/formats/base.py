@@ -63,10 +63,10 @@ class Place:
         if isinstance(self.parent, LocalStore):
             return self.local().is_file()
         try:
-            self.parent.size(self.name)
+            size = self.parent.size(self.name)
         except (FileNotFoundError, StoreError):
             return False
-        return True
+        return size > 0 or not self.entries()  # some file systems give folders a size, of 0
 
     def exists(self) -> bool:
         """Whether there is a file or a folder with something in it."""
@@ -212,7 +212,7 @@ class Writing:
         parts: Each writes one file of its own, and all may run at the same time, on any rank.
         part_bytes: How many bytes each writes, about: to share them out evenly.
         commit: Makes them visible, at last; runs once, when all parts are done.
-        abort: Removes what was begun; runs once, in place of `commit`. Never raises.
+        abort: Removes what was begun; runs on all ranks in place of `commit`. Never raises.
     """
 
     parts: Sequence[Callable[[], None]]
