@@ -257,6 +257,8 @@ def load(
     only_prefix: Prefixes = (),
     select: Callable[[str], bool] | None = None,
     storage_options: StorageOptions = None,
+    format: str | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> dict[str, np.ndarray]:
     """Load a checkpoint's tensors whole into this process. Not collective.
 
@@ -268,6 +270,8 @@ def load(
         only_prefix: A prefix or several: only names that start with one are loaded.
         select: A predicate: only names that it accepts are loaded.
         storage_options: Passed to the fsspec file system.
+        format: As in `open`.
+        options: As in `open`.
 
     Returns:
         Name → array, in the order of the state. Plain values are in `Checkpoint.values`.
@@ -277,7 +281,7 @@ def load(
         LoadFailed: A file is missing or damaged.
         CheckpointError: As in `open`.
     """
-    checkpoint = open(url, storage_options=storage_options)
+    checkpoint = open(url, storage_options=storage_options, format=format, options=options)
     names = filter_names(
         checkpoint, filter_prefix=filter_prefix, only_prefix=only_prefix, select=select
     )
@@ -301,8 +305,10 @@ def load_into(
     per_rank: ResolvePerRank | None = None,
     timeout_s: float = 600,
     storage_options: StorageOptions = None,
+    format: str | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> LoadReport:
-    """Collective. Load a checkpoint into a net.
+    """Collective. Load a checkpoint, or another format's file, into a net.
 
     It does not matter which layout, or how many ranks, it was saved with.
 
@@ -310,7 +316,8 @@ def load_into(
         url: Where it is.
         net: Nested dicts, lists, tuples and dataclasses of arrays (filled in place), `Shard` and
             `FlatShard` (each rank its own piece), `PerRank` and plain values (replaced); a list of
-            ``{"name", "data"}`` dicts; or an object with `tensors()` and `assign()`.
+            ``{"name", "data"}`` dicts; a torch module or optimizer, a MindSpore cell, a JAX pytree;
+            what `register_net` knows; or an object with `tensors()` and `assign()`.
         comm: As in `save`. Each byte is read by one rank, and sent to the others that want it.
         strict: Only exact names match, everything wanted must be there, and nothing is converted.
         filter_prefix: A prefix or several: saved names that start with one are left out.
@@ -324,9 +331,11 @@ def load_into(
             the saved values, the rank and the number of ranks, it returns this rank's value.
         timeout_s: As in `save`.
         storage_options: Passed to the fsspec file system.
+        format: As in `open`.
+        options: As in `open`.
 
     Returns:
-        What was loaded, the same on every rank.
+        What was loaded, the same on every rank; its `.net` is the loaded net.
 
     Raises:
         MatchError: Names, shapes, dtypes or values that don't fit, all of them; the net is
@@ -337,8 +346,16 @@ def load_into(
 
     All are raised on every rank alike.
     """
-    options = LoadOptions(
+    chosen = LoadOptions(
         strict, filter_prefix, only_prefix, select, rename, cast, verify, per_rank, timeout_s
     )
     team = connect(comm, timeout_s=timeout_s)
-    return load_net(team, url, net, options, storage_options=storage_options)
+    return load_net(
+        team,
+        url,
+        net,
+        chosen,
+        storage_options=storage_options,
+        format=format,
+        format_options=options,
+    )

@@ -9,8 +9,10 @@ from importlib.util import find_spec
 
 from distckpt.api import open as open_checkpoint
 from distckpt.checkpoint import Checkpoint
+from distckpt.convert import convert
 from distckpt.coordinator import Solo
 from distckpt.errors import CheckpointError, CheckpointNotFound
+from distckpt.formats import OURS
 from distckpt.manager import Manager
 
 
@@ -23,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 1 when a checkpoint is missing or damaged (2 for wrong arguments).
     """
-    parser = argparse.ArgumentParser(prog="distckpt", description="Look at checkpoints.")
+    parser = argparse.ArgumentParser(
+        prog="distckpt", description="Look at checkpoints, and convert them."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function, text in (
         ("info", _info, "what a checkpoint is: when, by how many ranks, how large"),
@@ -33,9 +37,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("url", help="a path, or any URL that fsspec knows")
         command.set_defaults(run=function)
+    text = "read any format and write any other"
+    command = commands.add_parser("convert", help=text, description=text)
+    command.add_argument("url", help="what to read")
+    command.add_argument("target", help="where to write; its ending says which format")
+    command.add_argument("--format", help="the format to write, in place of the ending's")
+    command.add_argument("--dtype", help="convert floats, or signed integers, to this dtype")
+    command.add_argument("--rename", metavar="FILE", help="old and new names: JSON or two columns")
+    command.add_argument("--overwrite", action="store_true", help="replace what is there")
+    command.set_defaults(run=None)
     chosen = parser.parse_args(arguments)
     try:
-        chosen.run(chosen.url)
+        if chosen.run is None:
+            _convert(chosen)
+        else:
+            chosen.run(chosen.url)
     except CheckpointError as exc:
         sys.stderr.write(f"{type(exc).__name__}: {exc}\n")
         return 1
@@ -48,13 +64,17 @@ def _info(url: str) -> None:
     rows = [
         ("url", checkpoint.url),
         ("format", checkpoint.format),
-        ("created", f"{_time(checkpoint)} UTC" if checkpoint.created else "-"),
-        ("step", "-" if checkpoint.step is None else str(checkpoint.step)),
-        ("saved by", f"{checkpoint.ranks} rank{'s' if checkpoint.ranks > 1 else ''}"),
-        ("save id", f"{manifest.save_id:016x}"),
         ("tensors", f"{len(checkpoint)}, {size_text(manifest.tensor_bytes)}"),
-        ("files", f"{len(manifest.file_names)}, {size_text(int(manifest.file_length.sum()))}"),
     ]
+    if checkpoint.format == OURS:  # other formats' files don't say
+        rows[2:2] = [
+            ("created", f"{_time(checkpoint)} UTC"),
+            ("step", "-" if checkpoint.step is None else str(checkpoint.step)),
+            ("saved by", f"{checkpoint.ranks} rank{'s' if checkpoint.ranks > 1 else ''}"),
+            ("save id", f"{manifest.save_id:016x}"),
+        ]
+        size = size_text(int(manifest.file_length.sum()))
+        rows.append(("files", f"{len(manifest.file_names)}, {size}"))
     rows += [(f"metric {name}", f"{value:g}") for name, value in checkpoint.metrics.items()]
     rows += [(f"value {name}", f"{value!r:.60}") for name, value in checkpoint.values.items()]
     rows += [(f"per rank {name}", "one a rank") for name in checkpoint.per_rank]
@@ -99,15 +119,30 @@ def _step_row(checkpoint: Checkpoint) -> tuple[str, ...]:
     )
 
 
+def _convert(chosen: argparse.Namespace) -> None:
+    report = convert(
+        chosen.url,
+        chosen.target,
+        format=chosen.format,
+        dtype=chosen.dtype,
+        rename=chosen.rename,
+        overwrite=chosen.overwrite,
+    )
+    sys.stdout.write(f"{report}\n")
+
+
 def _time(checkpoint: Checkpoint) -> str:
     return f"{checkpoint.created:%Y-%m-%d %H:%M:%S}" if checkpoint.created else "-"
 
 
 def _verify(url: str) -> None:
     checkpoint = open_checkpoint(url)
-    size = checkpoint.verify()
-    files = len(checkpoint.manifest.file_names)
-    sys.stdout.write(f"{checkpoint.url}: good: {size_text(size)} in {files} files\n")
+    size = size_text(checkpoint.verify())
+    if checkpoint.format == OURS:
+        found = f"good: {size} in {len(checkpoint.manifest.file_names)} files"
+    else:
+        found = f"readable: {size} in {len(checkpoint)} tensors ({checkpoint.format})"
+    sys.stdout.write(f"{checkpoint.url}: {found}\n")
 
 
 def size_text(size_bytes: int) -> str:

@@ -20,6 +20,7 @@ from distckpt.api import save
 from distckpt.checkpoint import Checkpoint, StorageOptions, StoredTensor, Url
 from distckpt.errors import (
     CheckpointError,
+    CheckpointNotFound,
     LayoutError,
     MatchError,
     SaveFailed,
@@ -31,14 +32,12 @@ from distckpt.formats.base import Place, Wanted, Writing
 from distckpt.match import Prefixes, Rename, filter_names
 from distckpt.region import Region
 from distckpt.state import LazyArray
-from distckpt.team import Late, Operation, Team, connect
+from distckpt.team import Late, Team, connect
 from distckpt.waiting import Waiting
 
 # What a file's writer asks for in small boxes is read in pieces of so many bytes: few, and small
 # enough for the allocator to reuse their memory.
 _WINDOW_BYTES = 16 << 20
-# A step of the ranks' messages; `Operation.agree` uses those before.
-_FINISH = 2
 
 Cast = str | np.dtype | Mapping[str, str | np.dtype]
 
@@ -74,7 +73,7 @@ class ConvertReport:
     def __str__(self) -> str:
         lines = [
             (
-                f"{self.source} → {self.format}: {self.tensors} tensors, {self.bytes / 1e6:.1f} "
+                f"{self.source} → {self.format}: {self.tensors} tensors, {self.bytes / 1e6:.3g} "
                 f"MB, in {self.seconds:.2f} s"
             )
         ]
@@ -107,9 +106,12 @@ def name_map(path: str | os.PathLike[str]) -> dict[str, str]:
     Raises:
         MatchError: A name that stands twice on either side, or a line that isn't two columns: all
             of them.
-        FileNotFoundError: There is no such file.
+        CheckpointNotFound: There is no such file.
     """
-    text = Path(path).read_text(encoding="utf-8")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as exc:
+        raise CheckpointNotFound(f"{os.fspath(path)}: there is no such name map") from exc
     problems = []
     pairs: list[tuple[str, object]] = []
     if text.lstrip().startswith("{"):
@@ -186,10 +188,12 @@ class _Converted(LazyArray):
         """Read it or a box of it; small boxes one after another are read in larger pieces."""
         whole = Region.whole(self.shape)
         region = whole if region is None else region
+        if region == whole or not region.size:
+            return self._cast(self._source.read(region))
         window = self._window
         if window.owner is not self or region & window.box != region:
             box = self._around(region.start)
-            if region == whole or region & box != region:
+            if region & box != region:
                 return self._cast(self._source.read(region))
             window.owner, window.values = None, np.empty(0)  # first, to keep one at a time
             window.values = self._cast(self._source.read(box))
@@ -308,28 +312,12 @@ def convert(
         )
     except Exception as exc:  # noqa: BLE001  a rank that fails still takes part
         failure = exc
-    operation = team.operation(timeout_s)
-
-    def decide(calls: list[Any]) -> list[Any]:
-        errors = {rank: call["error"] for rank, call in enumerate(calls) if call["error"]}
-        if len(errors) == len(calls) and all(error == errors[0] for error in errors.values()):
-            raise from_plain(errors[0])  # all say the same, of what all were given
-        raise_together(errors, target, SaveFailed, "convert", own_kind=True)
-        return [secrets.token_hex(8)] * len(calls)
-
-    call = {
-        "call": f"convert to {target!r} (format={format!r}, overwrite={overwrite})",
-        "error": None if failure is None else to_plain(failure),
-    }
-    try:
-        token = team.drive(operation.agree(call, decide, f"join the conversion to {target}"))
-    except Late as late:
-        raise SaveFailed(str(late), failures=dict.fromkeys(late.ranks, str(late))) from late
-    except CheckpointError as exc:
-        raise exc from failure
+    call = f"convert to {target!r} (format={format!r}, overwrite={overwrite})"
+    token = _agree(team, target, call, failure, timeout_s)
     if job is None:
         raise SaveFailed(f"{target}: this rank has nothing to convert")
     if job.report.format == formats.OURS:
+        formats.checked_options(formats.OURS, None, options)
         save(
             dst,
             {**{tensor.name: tensor for tensor in job.tensors}, **job.values},
@@ -346,9 +334,12 @@ def convert(
 
         def begin() -> Writing:
             place = Place.at(target, storage_options)
-            return formats.find(job.report.format).write(place, wanted, **(options or {}))
+            form = formats.find(job.report.format)
+            return form.write(
+                place, wanted, **formats.checked_options(form.name, form.write, options)
+            )
 
-        _write(team, operation, target, begin)
+        _write(team, target, begin, timeout_s)
     return replace(job.report, seconds=time.monotonic() - started)
 
 
@@ -429,8 +420,9 @@ def _cast_of(name: str, saved: np.dtype, wanted: Cast | None) -> np.dtype:
         wanted = next(found, None)
     if wanted is None:
         return saved
-    text = wanted if isinstance(wanted, str) else np.dtype(wanted).name
-    entry, old = dtypes.BY_NAME.get(text), dtypes.find(saved)
+    text = wanted.name if isinstance(wanted, np.dtype) else getattr(wanted, "__name__", str(wanted))
+    # torch.float16 and jax.numpy.float16 mean the same.
+    entry, old = dtypes.BY_NAME.get(text.removeprefix("torch.")), dtypes.find(saved)
     if entry is None:
         raise LayoutError(
             f"dtype={wanted!r}: expected one of {', '.join(each.name for each in dtypes.TABLE)}"
@@ -438,22 +430,63 @@ def _cast_of(name: str, saved: np.dtype, wanted: Cast | None) -> np.dtype:
     return entry.numpy if old is not None and dtypes.can_convert(old, entry) else saved
 
 
-def _write(team: Team, operation: Operation, target: str, begin: Callable[[], Writing]) -> None:
+def _agree(team: Team, target: str, call: str, failure: Exception | None, timeout_s: float) -> str:
+    """Collective. Go on if no rank has failed.
+
+    Args:
+        team: The ranks.
+        target: Where to write, for messages.
+        call: What is done; the same on all ranks.
+        failure: What went wrong on this rank.
+        timeout_s: How long to wait.
+
+    Returns:
+        A random text, the same on all ranks.
+
+    Raises:
+        CheckpointError: What went wrong, on all ranks alike.
+    """
+
+    def decide(calls: list[Any]) -> list[Any]:
+        errors = {rank: call["error"] for rank, call in enumerate(calls) if call["error"]}
+        if len(errors) == len(calls) and all(error == errors[0] for error in errors.values()):
+            raise from_plain(errors[0])  # all say the same, of what all were given
+        raise_together(errors, target, SaveFailed, "convert", own_kind=True)
+        return [secrets.token_hex(8)] * len(calls)
+
+    mine = {"call": call, "error": None if failure is None else to_plain(failure)}
+    operation = team.operation(timeout_s)
+    try:
+        return str(team.drive(operation.agree(mine, decide, f"join the conversion to {target}")))
+    except Late as late:
+        raise SaveFailed(str(late), failures=dict.fromkeys(late.ranks, str(late))) from late
+    except CheckpointError as exc:
+        raise exc from failure
+
+
+def _write(team: Team, target: str, begin: Callable[[], Writing], timeout_s: float) -> None:
     """Collective. Write another format's file or files: the parts by all ranks, then the commit."""
     writing: Writing | None = None
     failure: Exception | None = None
     try:
         writing = begin()
-        for index in _mine(writing.part_bytes, team.rank, team.size):
-            writing.parts[index]()
     except Exception as exc:  # noqa: BLE001  the others wait for this rank
         failure = exc
+    # No rank may write before all have seen what was there.
+    _agree(team, target, "begin to write", failure, timeout_s)
+    try:
+        if writing is not None:
+            for index in _mine(writing.part_bytes, team.rank, team.size):
+                writing.parts[index]()
+    except Exception as exc:  # noqa: BLE001  the others wait for this rank
+        failure = exc
+    operation = team.operation(timeout_s)
 
     def finish() -> Waiting[None]:
         error = None if failure is None else to_plain(failure)
         outcome: dict[str, Any] = {"error": None}
         try:
-            errors = yield from operation.gather(_FINISH, error, f"write its part of {target}")
+            errors = yield from operation.gather(0, error, f"write its part of {target}")
             if errors is not None:
                 failed = {rank: found for rank, found in enumerate(errors) if found}
                 raise_together(failed, target, SaveFailed, "convert", own_kind=True)
@@ -463,7 +496,7 @@ def _write(team: Team, operation: Operation, target: str, begin: Callable[[], Wr
             if isinstance(exc, Late):
                 exc = SaveFailed(str(exc), failures=dict.fromkeys(exc.ranks, str(exc)))
             outcome["error"] = to_plain(exc)
-        told = yield from operation.broadcast(_FINISH + 1, outcome, "finish the conversion")
+        told = yield from operation.broadcast(1, outcome, "finish the conversion")
         if told["error"] is not None:
             if writing is not None:
                 writing.abort()

@@ -74,7 +74,7 @@ class LoadReport:
         lines = [
             (
                 f"loaded {len(self.loaded)} of {len(self.loaded) + len(self.missing)} names: "
-                f"{self.bytes_read / 1e6:.1f} MB read in {self.seconds:.2f} s"
+                f"{self.bytes_read / 1e6:.3g} MB read in {self.seconds:.2f} s"
             )
         ]
         if self.by_suffix:
@@ -119,6 +119,8 @@ def load_into(
     *,
     manifest: Callable[[Store], Manifest] = read_manifest,
     storage_options: Mapping[str, object] | None = None,
+    format: str | None = None,
+    format_options: Mapping[str, object] | None = None,
 ) -> LoadReport:
     """Collective. Load a checkpoint into a net.
 
@@ -127,6 +129,8 @@ def load_into(
         url: Where the checkpoint lies.
         manifest: Reads the manifest; called at the coordinator only.
         storage_options: For fsspec.
+        format: Name of its format, where it is not to be told from what is there.
+        format_options: The format's own.
         net: This rank's net.
         options: The rest; what is callable counts as the coordinator gives it, but for `per_rank`.
 
@@ -142,7 +146,7 @@ def load_into(
     store: Store | None = None
     failure: BaseException | None = None
     try:
-        store = locate(url, storage_options=storage_options)
+        store = locate(url, storage_options=storage_options, format=format, options=format_options)
         wanted = collect(net)
     except Exception as exc:  # noqa: BLE001  a rank that fails still takes part
         failure = exc

@@ -152,6 +152,11 @@ def _renamed(names: list[str], rename: Rename | None) -> dict[str, str]:
     """Map each name that a saved one is matched under to the saved one."""
     if rename is None:
         return {name: name for name in names}
+    if isinstance(rename, (str, os.PathLike)):
+        raise MatchError(
+            f"rename={os.fspath(rename)!r}: expected a mapping or a callable; read a file with "
+            "rename=distckpt.name_map(path)"
+        )
     sources = defaultdict(list)
     for name in names:
         sources[rename(name) if callable(rename) else rename.get(name, name)].append(name)

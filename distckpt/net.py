@@ -64,9 +64,7 @@ class Destination:
     def in_place(self) -> bool:
         """Whether the net's own memory is filled."""
         array = self.tensor.array
-        return (
-            isinstance(array, np.ndarray) and array.flags.writeable and self.tensor.leaf.filled
-        )
+        return isinstance(array, np.ndarray) and array.flags.writeable and self.tensor.leaf.filled
 
     def memory(self) -> np.ndarray:
         """Return the array to fill."""

@@ -275,3 +275,32 @@ def test_the_installed_command_is_this_one():
 )
 def test_sizes_are_written_in_powers_of_1000(size, told):
     assert size_text(size) == told
+
+
+# ---------------------------------------------------------------------------------------- convert
+
+
+def test_convert_writes_the_format_of_the_ending_and_says_what_it_did(
+    checkpoint, tmp_path, printed
+):
+    target = tmp_path / "all.safetensors"
+    status, lines, error = printed("convert", checkpoint, target, "--dtype", "float16")
+    assert (status, error) == (0, "")
+    assert lines[0].startswith("distckpt → safetensors: 3 tensors, 0.0048")
+    assert "left out (a value of each rank): rng" in lines
+    assert printed("info", target)[1][1] == "format | safetensors"
+    assert "net.weight | float16" in printed("ls", target)[1][1]
+    assert printed("verify", target)[1] == [
+        f"{target}: readable: 4.8 kB in 3 tensors (safetensors)"
+    ]
+
+
+def test_convert_replaces_nothing_unless_told_to(checkpoint, tmp_path, printed):
+    (tmp_path / "map").write_text("net.weight w\n")
+    arguments = ["convert", checkpoint, tmp_path / "x.ckpt", "--rename", tmp_path / "map"]
+    assert printed(*arguments)[0] == 0
+    status, _, error = printed(*arguments)
+    assert status == 1
+    assert error.startswith("CheckpointExists: ")
+    assert printed(*arguments, "--overwrite", "--format", "safetensors")[0] == 0
+    assert printed("info", tmp_path / "x.ckpt")[1][1] == "format | safetensors"

@@ -41,6 +41,7 @@ STATE = {
         "steps": np.array([1, 300], np.int64),
     },
     "scale": np.float64(0.5),
+    "none": np.zeros((0, 3), np.float32),
 }
 VALUES = {"epoch": 3, "name": "digits"}
 
@@ -80,7 +81,7 @@ def same(first, second):
 def test_there_and_back_every_tensor_is_bit_for_bit_the_same(source, tmp_path, name, format):
     dtype = {"half": "float32"} if format == "keras" else None
     report = convert(source, tmp_path / name, format=format, dtype=dtype, select=tensors_only)
-    assert (report.format, report.tensors) == (format, 4)
+    assert (report.format, report.tensors) == (format, 5)
     assert distckpt.open(tmp_path / name).format == format
     back = convert(tmp_path / name, tmp_path / "back")
     assert (back.source, back.format) == (format, "distckpt")
@@ -155,7 +156,7 @@ def test_any_number_of_ranks_writes_the_same(source, tmp_path, ranks, format):
         return convert(source, tmp_path / "out", comm=comm, format=format, select=tensors_only)
 
     reports = run_ranks(ranks, go)
-    assert {(report.tensors, report.format) for report in reports} == {(4, format)}
+    assert {(report.tensors, report.format) for report in reports} == {(5, format)}
     assert same(source, tmp_path / "out")
 
 
@@ -273,6 +274,7 @@ def test_a_dtype_is_for_tensors_of_its_kind(source, tmp_path):
         "net.w": "float32 → float16",
         "net.half": "bfloat16 → float16",
         "scale": "float64 → float16",
+        "none": "float32 → float16",
     }
     found = distckpt.load(tmp_path / "out")
     assert {str(array.dtype) for array in found.values()} == {"float16", "int64"}
@@ -303,7 +305,7 @@ def test_an_unknown_dtype_or_format_is_refused(source, tmp_path):
 
 
 def test_filters_that_leave_nothing_are_refused(source, tmp_path):
-    with pytest.raises(MatchError, match="none of the 6 saved names is left"):
+    with pytest.raises(MatchError, match="none of the 7 saved names is left"):
         convert(source, tmp_path / "out", only_prefix="nothing")
 
 
@@ -363,6 +365,38 @@ def test_memory_does_not_grow_with_the_number_of_tensors(tmp_path, format, endin
     arguments = [str(tmp_path / "source"), str(tmp_path / "out"), format, ending]
     found = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
     assert int(found.stdout) < 110_000  # kB: beyond windows and a tensor, nothing of the 200 MB
+
+
+_LOAD = """
+import resource, sys
+import numpy as np
+import distckpt
+checkpoint = distckpt.open(sys.argv[1])
+net = {name: np.zeros(checkpoint[name].shape, "f4") for name in checkpoint}
+for array in net.values():
+    array += 1
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+distckpt.load_into(sys.argv[1], net, strict=True)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+assert all(array.all() for array in net.values())
+"""
+
+
+def test_one_process_loads_what_ranks_saved_in_little_memory_beside_the_net(tmp_path):
+    whole = np.full((4096, 2048), 7, np.float32)
+
+    def go(comm):
+        rows = 1024 * comm.rank
+        shards = {
+            f"w{number}": Shard(whole[rows : rows + 1024], (rows, 0), whole.shape)
+            for number in range(8)  # 268 MB
+        }
+        distckpt.save(tmp_path / "ranks", shards, comm=comm)
+
+    run_ranks(4, go)
+    command = [sys.executable, "-c", _LOAD, str(tmp_path / "ranks")]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 128 << 10  # kB
 
 
 # ----------------------------------------------------------------------------------- a real model

@@ -791,12 +791,14 @@ def test_two_saves_in_flight_may_be_waited_for_in_any_order(concurrent):
 def test_the_second_of_two_saves_may_be_committed_first(concurrent):
     stores = [MemoryStore(), MemoryStore()]
     gate = Gate(stores[0])
+    all_have_looked = threading.Barrier(3, timeout=60)
 
     def go(comm):
         first = distckpt.save_async(gate, {"w": cut(comm, 1)}, comm=comm)
         second = distckpt.save_async(stores[1], {"w": cut(comm, 2)}, comm=comm)
         second.wait()
         assert not first.done()
+        all_have_looked.wait()
         gate.open.set()
         first.wait()
 

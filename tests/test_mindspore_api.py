@@ -633,9 +633,12 @@ def test_the_public_names_are_these():
         "Parameters",
         "PendingSave",
         "Tensor",
+        "build_searched_strategy",
         "load_checkpoint",
         "load_param_into_net",
+        "merge_pipeline_strategys",
         "save_checkpoint",
+        "transform_checkpoints",
     ]
     with pytest.raises(AttributeError, match="has no attribute"):
         mindspore.load  # noqa: B018

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import cast
 
 from distckpt.errors import StoreError, UnsupportedFormat
@@ -81,12 +82,12 @@ def locate(
         StoreError: The URL can't be opened.
     """
     store = open_store(url, storage_options=storage_options)
-    if not isinstance(url, (str, os.PathLike)) or format == OURS:
-        return store
-    if format is None and _is_ours(store):
+    ours = not isinstance(url, (str, os.PathLike)) or format == OURS
+    if ours or (format is None and _is_ours(store)):
+        checked_options(OURS, None, options)
         return store
     try:
-        place = Place.at(url, storage_options)
+        place = Place.at(cast("str", url), storage_options)
     except StoreError:
         if format is not None:
             raise
@@ -94,8 +95,37 @@ def locate(
     candidates = [find(format)] if format is not None else list(each())
     for form in candidates:
         if format is not None or form.sniff(place):
-            return ForeignStore(form.open(place, **(options or {})), place.url, form.name)
+            given = checked_options(form.name, form.open, options)
+            return ForeignStore(form.open(place, **given), place.url, form.name)
     return store
+
+
+def checked_options(
+    format: str, call: Callable[..., object] | None, options: Mapping[str, object] | None
+) -> dict[str, object]:
+    """Return a format's options, if it has them.
+
+    Args:
+        format: The format.
+        call: Its `open` or `write`; None where there are no options.
+        options: What the user gave.
+
+    Raises:
+        UnsupportedFormat: It has no such options: all are named.
+    """
+    given = dict(options or {})
+    known = []
+    if call is not None:
+        parameters = inspect.signature(call).parameters.values()
+        known = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        verb = getattr(call, "__name__", "open and write")
+        raise UnsupportedFormat(
+            f"options={{{', '.join(f'{name!r}: …' for name in unknown)}}}: the {format} format has "
+            f"no such option to {verb}; it has {', '.join(known) or 'none'}"
+        )
+    return given
 
 
 def _is_ours(store: Store) -> bool:

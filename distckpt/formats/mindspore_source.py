@@ -226,7 +226,8 @@ def _open(place: Place, key: bytes | None, mode: str) -> Text:
         raise UnsupportedFormat(f"{place.url}: a key is given, and the file isn't encrypted")
     if found is not None and checked is None:
         raise UnsupportedFormat(
-            f"{place.url}: the file is encrypted; it needs key= and mode={found!r}"
+            f"{place.url}: the file is encrypted; it needs its key: "
+            f"options={{'key': …, 'mode': {found!r}}}"
         )
     if checked is None:
         return PlainText(place)

@@ -123,12 +123,12 @@ class TensorFlowSource:
                 len(skipped),
                 ", ".join(f"{name} ({what})" for name, what in skipped.items()),
             )
-        self._contents = Contents(tensors, values, {"skipped": skipped} if skipped else {})
+        self._contents = Contents(tensors, values, {"left_out": skipped} if skipped else {})
         self._pieces = WholePieces(self._read)
 
     @property
     def contents(self) -> Contents:
-        """See `Source`. What is left out (arrays of strings) is ``metadata["skipped"]``."""
+        """See `Source`. What is left out (arrays of strings) is ``metadata["left_out"]``."""
         return self._contents
 
     def read_into(self, tensor: int, piece: int, start_byte: int, buffer: memoryview) -> None:

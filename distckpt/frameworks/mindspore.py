@@ -72,4 +72,6 @@ class CellNet:
         Raises:
             KeyError: No such name.
         """
-        self._parameters[name].set_data(sys.modules["mindspore"].Tensor(np.ascontiguousarray(value)))
+        self._parameters[name].set_data(
+            sys.modules["mindspore"].Tensor(np.ascontiguousarray(value))
+        )
