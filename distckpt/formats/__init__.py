@@ -117,6 +117,8 @@ def checked_options(
     known = []
     if call is not None:
         parameters = inspect.signature(call).parameters.values()
+        if any(each.kind is each.VAR_KEYWORD for each in parameters):
+            return given  # passed on to another format, which looks for itself
         known = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
     unknown = [name for name in given if name not in known]
     if unknown:
