@@ -279,14 +279,6 @@ def test_the_metadata_are_the_commit_and_what_was_there_stays(tmp_path):
     assert names_in(folder) == [".metadata", "__0_0.3.distcp"]
 
 
-def test_what_torch_can_not_hold_is_refused_all_at_once(tmp_path):
-    with pytest.raises(UnsupportedFormat, match=r"(?s)'four'.*int4.*'huge'"):
-        begin(tmp_path / "c", {"four": np.ones(2, ml_dtypes.int4)}, {"huge": 1 << 3000})
-    with pytest.raises(UnsupportedFormat, match="no options, and got colour"):
-        begin(tmp_path / "c", {}, colour=1)
-    assert not names_in(tmp_path)
-
-
 # ---------------------------------------------------------------------------------------- bad input
 
 

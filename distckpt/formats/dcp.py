@@ -17,7 +17,6 @@ from distckpt.errors import CheckpointError
 from distckpt.foreign import Source
 from distckpt.formats.base import Place, Readable, Wanted, Writing, already_there, library
 from distckpt.formats.dcp_source import METADATA, DcpSource, files_named
-from distckpt.formats.torch import check_options
 from distckpt.formats.torch_writing import (
     Record,
     archive_bytes,
@@ -49,9 +48,8 @@ class DcpFormat:
         """See `Format`."""
         return place.entry(METADATA).head(1) == b"\x80"
 
-    def open(self, place: Place, **options: Any) -> Source:
+    def open(self, place: Place) -> Source:
         """See `Format`."""
-        check_options(options, self.name)
         return DcpSource(place)
 
     def write(
@@ -61,7 +59,6 @@ class DcpFormat:
         *,
         chunk_bytes: int = _CHUNK_BYTES,
         file_bytes: int = _FILE_BYTES,
-        **options: Any,
     ) -> Writing:
         """See `Format`. Tensors are cut along their first dimension; ``.metadata`` is the commit.
 
@@ -70,9 +67,7 @@ class DcpFormat:
             wanted: What.
             chunk_bytes: The most bytes of one piece, unless one row has more.
             file_bytes: The most bytes of one file, unless one piece has more.
-            **options: None.
         """
-        check_options(options, self.name)
         if place.is_file() or (not wanted.replace and place.exists()):
             raise already_there(place)
         check_entries(wanted, self.name)

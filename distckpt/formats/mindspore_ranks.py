@@ -19,7 +19,7 @@ import numpy as np
 
 from distckpt.errors import CheckpointExists, CorruptCheckpoint, LayoutError, UnsupportedFormat
 from distckpt.foreign import Source
-from distckpt.formats import find
+from distckpt.formats import checked_options, find
 from distckpt.formats.base import Place, Readable, Wanted, Writing, already_there, refuse
 from distckpt.formats.mindspore_layout import MAX_RANKS, RankLayout, Strategy, rank_layout
 from distckpt.formats.mindspore_rank_files import FORMATS, choose, names_in, rank_folders
@@ -186,8 +186,9 @@ class MindSporeRanksFormat:
         chosen = choose(place, files)
         sources: dict[int, Source] = {}
         for rank, file in chosen.places.items():
-            form = next(form for suffix, form in FORMATS.items() if file.name.endswith(suffix))
-            sources[rank] = find(form).open(file, **(options if form == "mindspore" else {}))
+            form = find(next(to for end, to in FORMATS.items() if file.name.endswith(end)))
+            given = checked_options(form.name, form.open, options)
+            sources[rank] = form.open(file, **given)
         layout = None
         if strategy is not None:
             names = {tensor.name for found in sources.values() for tensor in found.contents.tensors}
@@ -229,6 +230,7 @@ class MindSporeRanksFormat:
         files = [f"rank_{rank}/{prefix}{rank}.{file_format}" for rank in range(len(held))]
         stale = _stale(place, files, prefix, may_replace=wanted.replace)
         form = find(FORMATS[f".{file_format}"])
+        options = checked_options(form.name, form.write, options)
         writings = [
             form.write(place.entry(name), replace(wanted, tensors=tensors), **options)
             for name, tensors in zip(files, held, strict=True)

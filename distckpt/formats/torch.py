@@ -58,9 +58,8 @@ class TorchFormat:
             return True
         return place.name.endswith((".pt", ".pth")) and head[:1] == b"\x80"
 
-    def open(self, place: Place, **options: Any) -> Source:
+    def open(self, place: Place) -> Source:
         """See `Format`."""
-        check_options(options, self.name)
         head = place.head(len(_LEGACY))
         if not head.startswith(_ZIP[:2]):
             kind = "a pickle" if head[:1] == b"\x80" else "something else"
@@ -71,9 +70,8 @@ class TorchFormat:
             )
         return _TorchSource(place)
 
-    def write(self, place: Place, wanted: Wanted, **options: Any) -> Writing:
+    def write(self, place: Place, wanted: Wanted) -> Writing:
         """See `Format`. The file has one flat dict of tensors and values; no metadata."""
-        check_options(options, self.name)
         check_entries(wanted, "torch")
         stored = [whole(tensor, str(number)) for number, tensor in enumerate(wanted.tensors)]
         names = [tensor.name for tensor in wanted.tensors]
@@ -177,13 +175,3 @@ def sorted_out(
         lines = ", ".join(f"{name!r}: {what}" for name, what in entries.left_out.items())
         _LOG.warning("%s: neither tensors nor plain values, and left out: %s", where, lines)
     return entries
-
-
-def check_options(options: Mapping[str, Any], format: str) -> None:
-    """Refuse options: there are none.
-
-    Raises:
-        UnsupportedFormat: There are some.
-    """
-    if options:
-        raise UnsupportedFormat(f"the {format} format has no options, and got {', '.join(options)}")
