@@ -396,3 +396,9 @@ def test_metadata_cut_anywhere_are_refused(folder):
         file.write_bytes(data[:length])
         with pytest.raises(CorruptCheckpoint):
             opened(folder)
+
+
+def test_what_torch_can_not_hold_is_refused_all_at_once(tmp_path):
+    with pytest.raises(UnsupportedFormat, match=r"(?s)'four'.*int4.*'huge'"):
+        begin(tmp_path / "c", {"four": np.ones(2, ml_dtypes.int4)}, {"huge": 1 << 3000})
+    assert not names_in(tmp_path)

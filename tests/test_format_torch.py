@@ -538,3 +538,10 @@ def test_a_damaged_pickle_is_refused_or_reads(data):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(CorruptCheckpoint, UnsupportedFormat):
         [*torch_pickle.leaves(torch_pickle.load(bytes(content), "net.pt"), "net.pt", 10_000)]
+
+
+def test_what_torch_can_not_hold_is_refused_all_at_once(tmp_path):
+    arrays = {"four": np.ones(2, ml_dtypes.int4), "w": np.ones(1)}
+    with pytest.raises(UnsupportedFormat, match=r"(?s)'four'.*int4.*'huge'.*255"):
+        write(tmp_path / "net.pt", arrays, {"huge": 1 << 3000})
+    assert not names_in(tmp_path)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable
 
 from distckpt.errors import CorruptCheckpoint, UnsupportedFormat
 from distckpt.foreign import Contents, ForeignTensor, Source
