@@ -242,8 +242,8 @@ def open(
         CheckpointNotFound: There is nothing.
         IncompleteCheckpoint: A save was begun here and not committed.
         CorruptCheckpoint: The manifest, or the other format's file, is damaged.
-        UnsupportedFormat: It is of a newer version, or holds what can't be had here, or a library
-            is missing: the message says which.
+        UnsupportedFormat: It is a file of no known format, or of a newer version, or holds what
+            can't be had here, or a library is missing: the message says which.
         StoreError: The store failed.
     """
     store = locate(url, storage_options=storage_options, format=format, options=options)

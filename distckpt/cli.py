@@ -11,7 +11,7 @@ from distckpt.api import open as open_checkpoint
 from distckpt.checkpoint import Checkpoint
 from distckpt.convert import convert
 from distckpt.coordinator import Solo
-from distckpt.errors import CheckpointError, CheckpointNotFound
+from distckpt.errors import CheckpointError, CheckpointNotFound, size_text
 from distckpt.formats import OURS
 from distckpt.manager import Manager
 
@@ -143,18 +143,6 @@ def _verify(url: str) -> None:
     else:
         found = f"readable: {size} in {len(checkpoint)} tensors ({checkpoint.format})"
     sys.stdout.write(f"{checkpoint.url}: {found}\n")
-
-
-def size_text(size_bytes: int) -> str:
-    """Write a size for people, in powers of 1000.
-
-    Examples:
-        >>> size_text(999), size_text(1234567)
-        ('999 B', '1.2 MB')
-    """
-    units = ("B", "kB", "MB", "GB", "TB", "PB")
-    power = min((len(str(size_bytes)) - 1) // 3, len(units) - 1)
-    return f"{size_bytes / 1000**power:.{1 if power else 0}f} {units[power]}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

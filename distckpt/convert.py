@@ -26,6 +26,7 @@ from distckpt.errors import (
     SaveFailed,
     from_plain,
     raise_together,
+    size_text,
     to_plain,
 )
 from distckpt.formats.base import Place, Wanted, Writing
@@ -73,8 +74,8 @@ class ConvertReport:
     def __str__(self) -> str:
         lines = [
             (
-                f"{self.source} → {self.format}: {self.tensors} tensors, {self.bytes / 1e6:.3g} "
-                f"MB, in {self.seconds:.2f} s"
+                f"{self.source} → {self.format}: {self.tensors} tensors, {size_text(self.bytes)}, "
+                f"in {self.seconds:.2f} s"
             )
         ]
         for what, names in (

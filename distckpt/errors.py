@@ -273,3 +273,15 @@ def ranks_text(ranks: Sequence[int], limit: int = 8) -> str:
     """Name ranks in a sentence."""
     listed = ", ".join(map(str, ranks[:limit])) + (", …" if len(ranks) > limit else "")
     return f"rank{'s' if len(ranks) > 1 else ''} {listed}"
+
+
+def size_text(size_bytes: int) -> str:
+    """Write a size for people, in powers of 1000.
+
+    Examples:
+        >>> size_text(999), size_text(1234567)
+        ('999 B', '1.2 MB')
+    """
+    units = ("B", "kB", "MB", "GB", "TB", "PB")
+    power = min((len(str(size_bytes)) - 1) // 3, len(units) - 1)
+    return f"{size_bytes / 1000**power:.{1 if power else 0}f} {units[power]}"

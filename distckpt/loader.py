@@ -18,6 +18,7 @@ from distckpt.errors import (
     MatchError,
     from_plain,
     raise_together,
+    size_text,
     text,
     to_plain,
 )
@@ -74,7 +75,7 @@ class LoadReport:
         lines = [
             (
                 f"loaded {len(self.loaded)} of {len(self.loaded) + len(self.missing)} names: "
-                f"{self.bytes_read / 1e6:.3g} MB read in {self.seconds:.2f} s"
+                f"{size_text(self.bytes_read)} read in {self.seconds:.2f} s"
             )
         ]
         if self.by_suffix:

@@ -286,7 +286,7 @@ def test_convert_writes_the_format_of_the_ending_and_says_what_it_did(
     target = tmp_path / "all.safetensors"
     status, lines, error = printed("convert", checkpoint, target, "--dtype", "float16")
     assert (status, error) == (0, "")
-    assert lines[0].startswith("distckpt → safetensors: 3 tensors, 0.0048")
+    assert lines[0].startswith("distckpt → safetensors: 3 tensors, 4.8 kB")
     assert "left out (a value of each rank): rng" in lines
     assert printed("info", target)[1][1] == "format | safetensors"
     assert "net.weight | float16" in printed("ls", target)[1][1]

@@ -395,7 +395,7 @@ def test_a_folder_without_files_is_no_checkpoint(tmp_path):
 
 def test_a_file_is_no_checkpoint(tmp_path):
     (tmp_path / "model.pt").write_bytes(b"weights")
-    with pytest.raises(CheckpointNotFound):
+    with pytest.raises(UnsupportedFormat, match="this file is none of them"):
         distckpt.open(tmp_path / "model.pt")
 
 

@@ -31,9 +31,10 @@ def test_nothing_and_an_empty_folder_and_any_text_are_no_format(tmp_path, format
 
 def test_what_is_no_format_is_no_checkpoint(tmp_path):
     (tmp_path / "text").write_text("Some text, and nothing else.\n")
-    for name in ("nothing", "text"):
-        with pytest.raises(CheckpointNotFound, match="or a file of another format"):
-            distckpt.open(tmp_path / name)
+    with pytest.raises(CheckpointNotFound, match=r"or a file of another format, found nothing"):
+        distckpt.open(tmp_path / "nothing")
+    with pytest.raises(UnsupportedFormat, match=r"text: expected .* this file is none of them"):
+        distckpt.open(tmp_path / "text")
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.ckpt", "x.pth", "x.npz", "x.weights.h5"])

@@ -97,6 +97,11 @@ def locate(
         if format is not None or form.sniff(place):
             given = checked_options(form.name, form.open, options)
             return ForeignStore(form.open(place, **given), place.url, form.name)
+    if place.is_file():
+        raise UnsupportedFormat(
+            f"{place.url}: expected a checkpoint, which is a folder, or a file of another format "
+            f"({', '.join(_MODULES)}); this file is none of them, or its first bytes are damaged"
+        )
     return store
 
 
