@@ -27,10 +27,11 @@ from distckpt.errors import (
     from_plain,
     raise_together,
     size_text,
+    some_names,
     to_plain,
 )
 from distckpt.formats.base import Place, Wanted, Writing
-from distckpt.match import Prefixes, Rename, filter_names
+from distckpt.match import Prefixes, Rename, filter_names, renamed
 from distckpt.region import Region
 from distckpt.state import LazyArray
 from distckpt.team import Late, Team, connect
@@ -86,12 +87,8 @@ class ConvertReport:
             ("left out (a value of each rank)", self.left_out),
         ):
             if names:
-                lines.append(f"  {what}: {_some(names)}")
+                lines.append(f"  {what}: {some_names(names)}")
         return "\n".join(lines)
-
-
-def _some(names: list[str] | tuple[str, ...], limit: int = 20) -> str:
-    return ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")
 
 
 def name_map(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -367,7 +364,7 @@ class _Job:
             formats.find(format)
         if isinstance(rename, (str, os.PathLike)):
             rename = name_map(rename)
-        new = _renamed(names, rename)
+        new = {old: name for name, old in renamed(names, rename).items()}
         tensors, cast, window = [], {}, _Window()
         for name in names:
             if name not in source:
@@ -394,24 +391,6 @@ class _Job:
                 tuple(new[name] for name in source.per_rank if name in new),
             ),
         )
-
-
-def _renamed(names: list[str], rename: Rename | None) -> dict[str, str]:
-    """Map each saved name to the one that it is written under."""
-    if rename is None:
-        return {name: name for name in names}
-    new = {name: rename(name) if callable(rename) else rename.get(name, name) for name in names}
-    sources: dict[str, list[str]] = {}
-    for name, found in new.items():
-        sources.setdefault(found, []).append(name)
-    clashes = {name: found for name, found in sources.items() if len(found) > 1}
-    if clashes:
-        lines = [f"{name!r} from {', '.join(map(repr, found))}" for name, found in clashes.items()]
-        raise MatchError(
-            "rename= gives several saved names one name:\n  " + "\n  ".join(lines),
-            ambiguous=clashes,
-        )
-    return new
 
 
 def _cast_of(name: str, saved: np.dtype, wanted: Cast | None) -> np.dtype:

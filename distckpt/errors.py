@@ -285,3 +285,13 @@ def size_text(size_bytes: int) -> str:
     units = ("B", "kB", "MB", "GB", "TB", "PB")
     power = min((len(str(size_bytes)) - 1) // 3, len(units) - 1)
     return f"{size_bytes / 1000**power:.{1 if power else 0}f} {units[power]}"
+
+
+def some_names(names: Sequence[str], limit: int = 20) -> str:
+    """List names in a sentence; of many, the first and how many there are.
+
+    Examples:
+        >>> some_names(["a", "b", "c"], limit=2)
+        'a, b, … (3 in all)'
+    """
+    return ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")

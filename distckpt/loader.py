@@ -19,6 +19,7 @@ from distckpt.errors import (
     from_plain,
     raise_together,
     size_text,
+    some_names,
     text,
     to_plain,
 )
@@ -80,20 +81,16 @@ class LoadReport:
         ]
         if self.by_suffix:
             pairs = [f"{wanted} ← {self.loaded[wanted]}" for wanted in self.by_suffix]
-            lines.append(f"  by suffix: {_some(pairs)}")
+            lines.append(f"  by suffix: {some_names(pairs)}")
         if self.cast:
             lines.append(
-                f"  converted: {_some([f'{name} ({how})' for name, how in self.cast.items()])}"
+                f"  converted: {some_names([f'{name} ({how})' for name, how in self.cast.items()])}"
             )
         if self.missing:
-            lines.append(f"  missing (kept as they were): {_some(self.missing)}")
+            lines.append(f"  missing (kept as they were): {some_names(self.missing)}")
         if self.unexpected:
-            lines.append(f"  saved and unused: {_some(self.unexpected)}")
+            lines.append(f"  saved and unused: {some_names(self.unexpected)}")
         return "\n".join(lines)
-
-
-def _some(names: Sequence[str], limit: int = 20) -> str:
-    return ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")
 
 
 @dataclass(frozen=True, slots=True)

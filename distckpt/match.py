@@ -71,7 +71,7 @@ def match(
         ({'net.conv.weight': 'conv.weight'}, ['opt.step'])
     """
     wanted = list(dict.fromkeys(wanted))
-    original = _renamed(
+    original = renamed(
         filter_names(saved, filter_prefix=filter_prefix, only_prefix=only_prefix, select=select),
         rename,
     )
@@ -148,8 +148,12 @@ def _prefixes(argument: str, value: Prefixes) -> tuple[str, ...]:
     return prefixes
 
 
-def _renamed(names: list[str], rename: Rename | None) -> dict[str, str]:
-    """Map each name that a saved one is matched under to the saved one."""
+def renamed(names: list[str], rename: Rename | None) -> dict[str, str]:
+    """Map each name that a saved one gets to the saved one.
+
+    Raises:
+        MatchError: Two saved names get one name; a `rename` that is neither a mapping nor callable.
+    """
     if rename is None:
         return {name: name for name in names}
     if isinstance(rename, (str, os.PathLike)):
