@@ -25,6 +25,10 @@ MpiComm: TypeAlias = "MPI.Comm"
 
 # Tags below this belong to the calling thread's operations, those above to saves in the background.
 BACKGROUND_TAG = 1 << 14
+# Whether a message has left costs as much to ask as the message. Small ones are asked about when so
+# many are held, or twice as many as could not be let go of the last time; large ones always.
+_REAP_AT = 16
+_LARGE_BYTES = 1 << 14
 
 
 @runtime_checkable
@@ -119,6 +123,8 @@ class MpiCoordinator:
         self._mpi = MPI
         self._comms = (calls, background)
         self._sending: deque[tuple[MPI.Request, bytes]] = deque()
+        self._reap_at = _REAP_AT
+        self._holds_large = False
         self._lock = threading.Lock()
         self.rank = calls.Get_rank()
         self.size = calls.Get_size()
@@ -127,21 +133,29 @@ class MpiCoordinator:
 
     def post(self, dest: int, tag: int, payload: bytes) -> None:
         """See `Coordinator`."""
-        request = self._comm(tag).Isend([payload, self._mpi.BYTE], dest, tag)
-        with self._lock:
-            # The buffer must live until the message has left.
-            self._sending.append((request, payload))
-            self._reap()
+        request = self._comms[tag >= BACKGROUND_TAG].Isend([payload, self._mpi.BYTE], dest, tag)
+        # The buffer must live until the message has left.
+        self._sending.append((request, payload))
+        if len(payload) > _LARGE_BYTES:
+            self._holds_large = True
+        if self._holds_large or len(self._sending) >= self._reap_at:
+            with self._lock:
+                self._reap()
+                self._reap_at = max(_REAP_AT, 2 * len(self._sending))
 
     def poll(self, tag: int, source: int | None = None) -> tuple[int, bytearray] | None:
         """See `Coordinator`."""
-        status = self._mpi.Status()
         origin = self._mpi.ANY_SOURCE if source is None else source
-        message = self._comm(tag).Improbe(origin, tag, status)
+        found = self._take(self._comms[tag >= BACKGROUND_TAG], origin, tag)
+        if found is None and self._holds_large:
+            with self._lock:
+                self._reap()
+        return found
+
+    def _take(self, comm: MPI.Comm, source: int, tag: int) -> tuple[int, bytearray] | None:
+        status = self._mpi.Status()
+        message = comm.Improbe(source, tag, status)
         if message is None:
-            if self._sending:
-                with self._lock:
-                    self._reap()
             return None
         buffer = bytearray(status.Get_count(self._mpi.BYTE))
         message.Recv([buffer, self._mpi.BYTE])
@@ -154,17 +168,26 @@ class MpiCoordinator:
             if self._sending:
                 return False
         for comm in self._comms:
-            comm.Free()
+            if comm == self._mpi.COMM_NULL:
+                continue
+            # What was said to a rank that had given up, or was through: MPICH frees no communicator
+            # with messages that nobody has received.
+            while self._take(comm, self._mpi.ANY_SOURCE, self._mpi.ANY_TAG) is not None:
+                pass
+            try:
+                comm.Free()
+            except self._mpi.Exception:  # one has come just now
+                return False
         return True
 
-    def _comm(self, tag: int) -> MPI.Comm:
-        return self._comms[tag >= BACKGROUND_TAG]
-
     def _reap(self) -> None:
+        self._holds_large = False  # unless one is kept below, or sent meanwhile
         for _ in range(len(self._sending)):
             request, payload = self._sending.popleft()
             if not request.Test():
                 self._sending.append((request, payload))
+                if len(payload) > _LARGE_BYTES:
+                    self._holds_large = True
 
 
 def launched_by_mpi() -> bool:

@@ -95,6 +95,15 @@ def find(dtype: np.dtype) -> Dtype | None:
     return entry
 
 
+def itemsizes(codes: np.ndarray) -> np.ndarray:
+    """Return the bytes of an element for each of many codes; 0 for an unknown one."""
+    sizes = np.zeros(256, np.int64)
+    for entry in TABLE:
+        sizes[entry.code] = entry.itemsize
+    found: np.ndarray = sizes[codes]
+    return found
+
+
 def can_convert(saved: Dtype, wanted: Dtype) -> bool:
     """Whether `cast=True` may convert: among the floats, or among the signed integers."""
     return (

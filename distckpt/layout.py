@@ -16,7 +16,7 @@ BALANCED = 0
 CEILING = 1
 
 # Boxes cut in more dimensions than this are compared in pairs, and there may be only so many.
-_MAX_CORNER_DIMENSIONS = 8
+_MAX_CORNER_DIMENSIONS = 4
 _MAX_PAIRED_BOXES = 1 << 12
 
 
@@ -39,6 +39,34 @@ def cut_points(extent: int, parts: int, rule: int) -> np.ndarray:
     return np.minimum(index * -(-extent // parts), extent)
 
 
+def cut_edges(
+    extent: np.ndarray | int, parts: int, rule: int, index: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first and one past the last row of parts of a cut; see `cut_points`.
+
+    Args:
+        extent: Rows, of any shape that broadcasts with *index*.
+        parts: Pieces.
+        rule: `BALANCED` or `CEILING`.
+        index: Which of the pieces.
+    """
+    if rule == BALANCED:
+        size, more = extent // parts, extent % parts
+        return (
+            index * size + np.minimum(index, more),
+            (index + 1) * size + np.minimum(index + 1, more),
+        )
+    size = -(-extent // parts)
+    return np.minimum(index * size, extent), np.minimum((index + 1) * size, extent)
+
+
+def used_parts(extent: int, parts: int, rule: int) -> int:
+    """Return how many pieces of a cut have any rows; they are the first ones."""
+    if rule == BALANCED:
+        return min(extent, parts)
+    return -(-extent // -(-extent // parts)) if extent else 0
+
+
 @dataclass(frozen=True, slots=True)
 class Grid:
     """A regular cut of a tensor, in constant space; see ``Layouts`` in ``manifest.proto``.
@@ -56,9 +84,11 @@ class Grid:
     file_stride: tuple[int, ...]
 
 
-@dataclass(frozen=True)
 class Layout:
     """A global shape, the boxes that cover it exactly once, and the file that holds each.
+
+    A layout that was made of a grid lists its boxes only when they are asked for: there may be
+    thousands, of thousands of tensors.
 
     Attributes:
         shape: The tensor's shape.
@@ -67,28 +97,39 @@ class Layout:
         file: (boxes,) int64.
     """
 
-    shape: tuple[int, ...]
-    start: np.ndarray
-    stop: np.ndarray
-    file: np.ndarray
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        start: np.ndarray | None,
+        stop: np.ndarray | None,
+        file: np.ndarray | None,
+        *,
+        grid: Grid | None = None,
+    ) -> None:
+        self.shape = shape
+        self._grid = grid
+        if start is not None and stop is not None and file is not None:
+            self._boxes = (start, stop, file)  # in the place of what the grid would give
 
     @classmethod
     def of_grid(cls, shape: tuple[int, ...], grid: Grid) -> Layout:
-        """Expand a grid."""
-        count = math.prod(grid.parts)
-        start = np.empty((count, len(shape)), np.int64)
-        stop = np.empty((count, len(shape)), np.int64)
-        file = np.full(count, grid.file_base, np.int64)
-        for dim, extent in enumerate(shape):
-            cuts = cut_points(extent, grid.parts[dim], grid.rule[dim])
-            coordinate = np.arange(count) // math.prod(grid.parts[dim + 1 :]) % grid.parts[dim]
-            start[:, dim] = cuts[coordinate]
-            stop[:, dim] = cuts[coordinate + 1]
-            file += grid.file_stride[dim] * coordinate
-        if 0 not in shape:
-            full = (start < stop).all(axis=1)
-            start, stop, file = start[full], stop[full], file[full]
-        return cls(shape, start, stop, file)
+        """Make the layout that a grid describes; parts without rows have no box."""
+        return cls(shape, None, None, None, grid=grid)
+
+    @property
+    def start(self) -> np.ndarray:
+        """(boxes, ndim) the boxes' first elements."""
+        return self._boxes[0]
+
+    @property
+    def stop(self) -> np.ndarray:
+        """(boxes, ndim) one past the last in each dimension."""
+        return self._boxes[1]
+
+    @property
+    def file(self) -> np.ndarray:
+        """(boxes,) the file that holds each."""
+        return self._boxes[2]
 
     @cached_property
     def regions(self) -> list[Region]:
@@ -99,36 +140,71 @@ class Layout:
         ]
 
     def __len__(self) -> int:
-        return len(self.start)
+        if self._grid is None:
+            return len(self.start)
+        return math.prod(self.used_parts())
+
+    def __repr__(self) -> str:
+        return f"Layout({self.shape}, {len(self)} boxes)"
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether it was made of a grid."""
+        return self._grid is not None
+
+    def used_parts(self) -> tuple[int, ...]:
+        """Of a layout made of a grid: how many parts have any rows, in each dimension."""
+        if self._grid is None:
+            raise ValueError(f"{self!r} was not made of a grid")
+        if 0 in self.shape:
+            return self._grid.parts
+        return tuple(
+            used_parts(extent, parts, rule)
+            for extent, parts, rule in zip(
+                self.shape, self._grid.parts, self._grid.rule, strict=True
+            )
+        )
 
     def grid(self) -> Grid | None:
         """Recognise a regular grid: return it if it expands to exactly this layout, else None."""
-        ndim = len(self.shape)
-        if len(self) == 1:
-            return Grid((1,) * ndim, (BALANCED,) * ndim, int(self.file[0]), (0,) * ndim)
-        starts = [np.unique(self.start[:, dim]) for dim in range(ndim)]
-        if math.prod(len(values) for values in starts) != len(self):
-            return None
-        # For each dimension, the (parts, rule) that give its starts.
-        options: list[list[tuple[int, int]]] = []
-        for dim, values in enumerate(starts):
-            found = [
-                (len(values), rule)
-                for rule in (BALANCED, CEILING)
-                if np.array_equal(cut_points(self.shape[dim], len(values), rule)[:-1], values)
-            ]
-            if not found:
-                return None
-            options.append(found)
-        parts = tuple(found[0][0] for found in options)
-        # Boxes are in ascending order: box i has the grid coordinates unravel_index(i, parts).
-        step = [math.prod(parts[dim + 1 :]) for dim in range(ndim)]
-        base = int(self.file[0])
-        stride = tuple(
-            int(self.file[step[dim]]) - base if parts[dim] > 1 else 0 for dim in range(ndim)
-        )
-        grid = Grid(parts, tuple(found[0][1] for found in options), base, stride)
-        return grid if self == Layout.of_grid(self.shape, grid) else None
+        if self._grid is not None and self.used_parts() == self._grid.parts:
+            return self._grid
+        return _recognised(self)
+
+    def count_elements(self, files: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return which files hold any of it, ascending, and how many elements each holds."""
+        file, elements = self._counted()
+        if len(file) < 2 or (file[1:] > file[:-1]).all():  # noqa: PLR2004  in order, each once
+            return file, elements
+        total = np.zeros(files, np.int64)
+        np.add.at(total, file, elements)
+        used = np.flatnonzero(np.bincount(file, minlength=files))
+        return used, total[used]
+
+    def _counted(self) -> tuple[np.ndarray, np.ndarray]:
+        """(boxes,) the file of each box and its number of elements; those of a grid aren't listed.
+
+        A reader counts them for all layouts of a manifest, which may be a stranger's.
+        """
+        grid = self._grid
+        if grid is None or "_boxes" in vars(self):
+            return self.file, self.elements()
+        file, elements = np.array([grid.file_base]), np.ones(1, np.int64)
+        uncut = 1
+        for dim, (extent, used) in enumerate(zip(self.shape, self.used_parts(), strict=True)):
+            if used == 1:
+                uncut *= extent
+                continue
+            at = np.arange(used)
+            start, stop = cut_edges(extent, grid.parts[dim], grid.rule[dim], at)
+            file = np.add.outer(file, grid.file_stride[dim] * at).reshape(-1)
+            elements = np.multiply.outer(elements, stop - start).reshape(-1)
+        return file, elements * uncut
+
+    def elements(self) -> np.ndarray:
+        """(boxes,) the number of elements of each box."""
+        size: np.ndarray = (self.stop - self.start).prod(axis=1)
+        return size
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -141,6 +217,48 @@ class Layout:
 
     def __hash__(self) -> int:
         return hash((self.shape, self.start.tobytes(), self.stop.tobytes(), self.file.tobytes()))
+
+    @cached_property
+    def _boxes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        grid, parts = self._grid, self.used_parts()
+        count = math.prod(parts)
+        start = np.empty((count, len(parts)), np.int64)
+        stop = np.empty((count, len(parts)), np.int64)
+        if grid is None:
+            raise ValueError(f"{self!r} has neither boxes nor a grid")
+        file = np.full(count, grid.file_base, np.int64)
+        index = np.arange(count)
+        for dim, extent in enumerate(self.shape):
+            at = index // math.prod(parts[dim + 1 :]) % parts[dim]
+            start[:, dim], stop[:, dim] = cut_edges(extent, grid.parts[dim], grid.rule[dim], at)
+            file += grid.file_stride[dim] * at
+        return start, stop, file
+
+
+def _recognised(layout: Layout) -> Grid | None:
+    """Find the grid that a list of boxes is, if it is one."""
+    ndim, start, file = len(layout.shape), layout.start, layout.file
+    if len(layout) == 1:
+        return Grid((1,) * ndim, (BALANCED,) * ndim, int(file[0]), (0,) * ndim)
+    starts = [np.unique(start[:, dim]) for dim in range(ndim)]
+    if math.prod(len(values) for values in starts) != len(layout):
+        return None
+    parts, rules = [], []
+    for extent, values in zip(layout.shape, starts, strict=True):
+        # The first rule that gives these starts.
+        for rule in (BALANCED, CEILING):
+            if np.array_equal(cut_points(extent, len(values), rule)[:-1], values):
+                parts.append(len(values))
+                rules.append(rule)
+                break
+        else:
+            return None
+    # Boxes are in ascending order: box i has the grid coordinates unravel_index(i, parts).
+    step = [math.prod(parts[dim + 1 :]) for dim in range(ndim)]
+    base = int(file[0])
+    stride = tuple(int(file[step[dim]]) - base if parts[dim] > 1 else 0 for dim in range(ndim))
+    grid = Grid(tuple(parts), tuple(rules), base, stride)
+    return grid if layout == Layout.of_grid(layout.shape, grid) else None
 
 
 def wrong_covers(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from distckpt import dtypes
 from distckpt.errors import MatchError
-from distckpt.manifest import Manifest, Pieces, pad_columns
+from distckpt.manifest import Manifest, Pieces, pad_columns, shard_name
 from distckpt.match import Matching, Prefixes, Rename, match
 from distckpt.plan import (
     Fragments,
@@ -20,14 +20,17 @@ from distckpt.plan import (
     holdings_from_plain,
     plan_read,
 )
-from distckpt.reader import stored_files
 
 ResolvePerRank = Callable[[list[Any], int, int], object]
+OnCorrupt = Literal["raise", "skip"]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """What a load was asked for, besides from where and into what; see `distckpt.load_into`."""
+    """What a load was asked for, besides from where and into what; see `distckpt.load_into`.
+
+    `progress` is called with the bytes that this rank has read, and has to read in all.
+    """
 
     strict: bool = False
     filter_prefix: Prefixes = ()
@@ -38,6 +41,12 @@ class LoadOptions:
     verify: bool = True
     per_rank: ResolvePerRank | None = None
     timeout_s: float = 600.0
+    on_corrupt: OnCorrupt = "raise"
+    progress: Callable[[int, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.on_corrupt not in get_args(OnCorrupt):
+            raise ValueError(f"on_corrupt={self.on_corrupt!r}: expected 'raise' or 'skip'")
 
 
 def plan_load(
@@ -104,20 +113,17 @@ def plan_load(
         return plan_read(pieces, itemsize, some, block_bytes=manifest.block_bytes, ranks=ranks)
 
     firsts, seconds = read(is_blob | narrow_row), read(~is_blob)
-    files = stored_files(manifest)
+    first_rows, second_rows = firsts.by_rank(ranks), seconds.by_rank(ranks)
     answers = []
     for rank, call in enumerate(calls):
-        first, second = firsts.of_rank(rank), seconds.of_rank(rank)
+        first, second = firsts.take(first_rows[rank]), seconds.take(second_rows[rank])
         used = np.union1d(first.file[first.reader == rank], second.file[second.reader == rank])
         answers.append(
             {
                 "keep": keeps[rank],
                 "first": fragments_to_plain(first),
                 "second": fragments_to_plain(second),
-                "files": [
-                    (number, files[number].name, files[number].table_start, files[number].digest)
-                    for number in used.tolist()
-                ],
+                "files": [(number, *_stored_file(manifest, number)) for number in used.tolist()],
                 "block_bytes": manifest.block_bytes,
                 "values": {
                     name: manifest.values[matching.pairs[name]]
@@ -137,6 +143,15 @@ def plan_load(
             }
         )
     return answers
+
+
+def _stored_file(manifest: Manifest, number: int) -> tuple[str, int, bytes]:
+    """Return a file's name, where its checksum table begins, and the table's digest."""
+    return (
+        shard_name(number, len(manifest.file_length), manifest.save_id),
+        int(manifest.file_table_start[number]),
+        manifest.file_digest[number],
+    )
 
 
 def _compare(
@@ -244,7 +259,7 @@ def _wants(
         What is stored, with an entry for each such value; the item sizes; each rank's per-rank
         values (name, length); and the wants.
     """
-    width = max([manifest.pieces.start.shape[1]] + [held.shape.shape[1] for held in helds])
+    width = max([manifest.width] + [held.shape.shape[1] for held in helds])
     rank_, key, tensor, start, stop = [], [], [], [], []
     blobs: list[list[tuple[str, int]]] = []
     places: dict[tuple[str, int], int] = {}
@@ -278,7 +293,8 @@ def _wants(
                 mine.append((name, length))
         blobs.append(mine)
     wants = Wants(*(np.concatenate(column) for column in (rank_, key, tensor, start, stop)))
-    pieces = manifest.pieces
+    used = np.unique(wants.tensor)
+    pieces = manifest.pieces_of(used[used < len(manifest.names)])
     found = [manifest.blob_place(saved, holder) for saved, holder in places]
     count = len(found)
     file, offset, length_ = (np.array([place[n] for place in found], np.int64) for n in range(3))

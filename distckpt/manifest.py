@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,8 @@ MANIFEST_NAME = "manifest.binpb"
 BLOCK_BYTES = 4 << 20
 DATA_ALIGNMENT = 4096
 TABLE_DIGEST_BYTES = 16
+# So many numbers are listed at once for the starts of boxes.
+_MOST_LISTED = 1 << 21
 
 
 def shard_name(index: int, count: int, save_id: int) -> str:
@@ -129,26 +132,31 @@ class Manifest:
     @cached_property
     def itemsize(self) -> np.ndarray:
         """(tensors,) bytes of an element."""
-        sizes = np.zeros(256, np.int64)
-        for code, entry in dtypes.BY_CODE.items():
-            sizes[code] = entry.itemsize
-        return sizes.take(self.dtype)
+        return dtypes.itemsizes(self.dtype)
+
+    @property
+    def width(self) -> int:
+        """Dimensions that the columns of `Pieces` have."""
+        return max((len(layout.shape) for layout in self.layouts), default=1) or 1
 
     @cached_property
     def tensor_bytes(self) -> int:
         """Bytes of all tensors."""
-        return int(self.pieces.size_bytes.sum())
+        return int(self.file_data_bytes.sum())
+
+    @cached_property
+    def boxes(self) -> int:
+        """Number of boxes of all tensors."""
+        count = np.array([len(layout) for layout in self.layouts], np.int64)
+        return int(count[self.layout].sum())
 
     @cached_property
     def pieces(self) -> Pieces:
-        """Every stored box with its place, from the layouts alone: so invariant I4 always holds."""
-        width = max((len(layout.shape) for layout in self.layouts), default=1) or 1
-        used = [self.layouts[index] for index in self.layout.tolist()]
-        count = np.array([len(layout) for layout in used], np.int64)
-        tensor = np.repeat(np.arange(len(used)), count)
-        start = _stack([pad_columns(layout.start, width, 0) for layout in used], width)
-        stop = _stack([pad_columns(layout.stop, width, 1) for layout in used], width)
-        file = np.concatenate([layout.file for layout in used] or [np.zeros(0, np.int64)])
+        """Every stored box with its place; at thousands of ranks, ask for `pieces_of` some tensors.
+
+        The places follow from the layouts alone: so invariant I4 always holds.
+        """
+        tensor, start, stop, file = self._listed(np.arange(len(self.names)))
         itemsize = self.itemsize[tensor]
         size_bytes = (stop - start).prod(axis=1) * itemsize
         order = order_in_file(file, itemsize, tensor)
@@ -159,12 +167,100 @@ class Manifest:
         offset[order] = before - base[file[order]] + self.file_data_start[file[order]]
         return Pieces(tensor, start, stop, file, offset, size_bytes)
 
+    def pieces_of(self, tensors: np.ndarray) -> Pieces:
+        """Return the stored boxes of some tensors, each with its place.
+
+        Args:
+            tensors: Indices of tensors, ascending.
+        """
+        if self.boxes * self.width > _MOST_LISTED:
+            return self._placed(tensors)
+        pieces = self.pieces
+        first = np.searchsorted(pieces.tensor, tensors)
+        count = np.searchsorted(pieces.tensor, tensors, side="right") - first
+        rows = np.arange(count.sum()) + np.repeat(first - (np.cumsum(count) - count), count)
+        return Pieces(*(getattr(pieces, name)[rows] for name in Pieces.__dataclass_fields__))
+
+    def _listed(self, tensors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """List the boxes of some tensors: tensor, start, stop and file."""
+        width = self.width
+        used = [self.layouts[index] for index in self.layout[tensors].tolist()]
+        return (
+            np.repeat(tensors, np.array([len(layout) for layout in used], np.int64)),
+            _stack([pad_columns(layout.start, width, 0) for layout in used], width),
+            _stack([pad_columns(layout.stop, width, 1) for layout in used], width),
+            np.concatenate([layout.file for layout in used] or [np.zeros(0, np.int64)]),
+        )
+
+    def _placed(self, tensors: np.ndarray) -> Pieces:
+        """Do as `pieces_of`, and list the boxes of these tensors only.
+
+        Of the others, only how many bytes each has in which file is counted.
+        """
+        tensor, start, stop, file = self._listed(tensors)
+        size_bytes = (stop - start).prod(axis=1) * self.itemsize[tensor]
+        # A tensor's boxes in a file follow one another, in their own order.
+        order = np.lexsort((tensor, file))
+        before = np.cumsum(size_bytes[order]) - size_bytes[order]
+        new = np.ones(len(order), bool)
+        new[1:] = (np.diff(file[order]) > 0) | (np.diff(tensor[order]) != 0)
+        begins = np.flatnonzero(new)
+        offset = np.empty(len(order), np.int64)
+        offset[order] = before - np.repeat(before[begins], np.diff(np.append(begins, len(order))))
+        offset += self.file_data_start[file]
+        edges = np.searchsorted(tensor, tensors)
+        ends = np.searchsorted(tensor, tensors, side="right")
+        for number, before_ in self._bytes_before(tensors):
+            rows = slice(edges[number], ends[number])
+            offset[rows] += before_[file[rows]]
+        return Pieces(tensor, start, stop, file, offset, size_bytes)
+
+    def _bytes_before(self, tensors: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield for some tensors what lies before them in each file: their position, and bytes.
+
+        Tensors lie in the files in the order of falling item size, then of their index.
+        """
+        wanted = np.full(len(self.names), -1)
+        wanted[tensors] = np.arange(len(tensors))
+        total = np.zeros(len(self.file_length), np.int64)
+        order = np.lexsort((np.arange(len(self.names)), -self.itemsize))
+        last = int(np.flatnonzero(wanted[order] >= 0)[-1]) + 1 if len(tensors) else 0
+        columns = zip(
+            order[:last].tolist(),
+            wanted[order[:last]].tolist(),
+            self.layout[order[:last]].tolist(),
+            self.itemsize[order[:last]].tolist(),
+            strict=True,
+        )
+        for _, place, layout, itemsize in columns:
+            if place >= 0:
+                yield place, total
+            file, elements = self._elements[layout]
+            total[file] += elements * itemsize
+
+    @cached_property
+    def _elements(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each layout, the files that hold any of it, and how many elements each."""
+        return [layout.count_elements(len(self.file_length)) for layout in self.layouts]
+
     @cached_property
     def file_data_bytes(self) -> np.ndarray:
         """(files,) bytes of the tensors in each file."""
-        pieces = self.pieces
-        total = np.zeros(len(self.file_length), np.int64)
-        np.add.at(total, pieces.file, pieces.size_bytes)
+        return self._sum_bytes(np.int64)
+
+    @property
+    def largest_file_bytes(self) -> float:
+        """Bytes of the tensors in the file that has most; as a float, which can't overflow."""
+        return float(self._sum_bytes(np.float64).max(initial=0.0))
+
+    def _sum_bytes(self, kind: type[np.number[Any]]) -> np.ndarray:
+        # Layout by layout, and nothing is kept: a small manifest may describe millions of boxes.
+        total = np.zeros(len(self.file_length), kind)
+        weight = np.zeros(len(self.layouts), np.int64)
+        np.add.at(weight, self.layout, self.itemsize)
+        for index in np.flatnonzero(weight).tolist():
+            file, elements = self.layouts[index].count_elements(len(self.file_length))
+            total[file] += elements.astype(kind) * weight[index]
         return total
 
     @cached_property

@@ -7,8 +7,8 @@ from types import EllipsisType
 
 import numpy as np
 
-from distckpt.region import Region, boxes_of_run
-from distckpt.state import FlatState, Leaf, TensorLeaf, flatten
+from distckpt.region import Region
+from distckpt.state import FlatState, Leaf, TensorLeaf, flatten, runs_boxes
 
 
 @dataclass(slots=True)
@@ -130,7 +130,7 @@ def _targets(destination: Destination) -> list[Target]:
         return [Target(destination, tensor.region, 0)]
     start = tensor.start or 0
     first, targets = 0, []
-    for region in boxes_of_run(tensor.shape, start, start + tensor.array.size):
+    for region in runs_boxes(tensor.shape, tensor.parent, start, tensor.array.size):
         targets.append(Target(destination, region, first))
         first += region.size
     return targets

@@ -36,8 +36,9 @@ class Region:
     def __post_init__(self) -> None:
         if len(self.start) != len(self.stop):
             raise ValueError(f"start {self.start} and stop {self.stop} differ in dimensions")
-        if any(a < 0 or b < a for a, b in zip(self.start, self.stop, strict=True)):
-            raise ValueError(f"not a box: start {self.start}, stop {self.stop}")
+        for first, last in zip(self.start, self.stop, strict=True):
+            if first < 0 or last < first:
+                raise ValueError(f"not a box: start {self.start}, stop {self.stop}")
 
     @classmethod
     def whole(cls, shape: tuple[int, ...]) -> Region:
@@ -72,6 +73,13 @@ class Region:
         return Region(
             tuple(a - o for a, o in zip(self.start, origin, strict=True)),
             tuple(b - o for b, o in zip(self.stop, origin, strict=True)),
+        )
+
+    def shifted(self, origin: tuple[int, ...]) -> Region:
+        """Shift back: the zero point becomes *origin*."""
+        return Region(
+            tuple(a + o for a, o in zip(self.start, origin, strict=True)),
+            tuple(b + o for b, o in zip(self.stop, origin, strict=True)),
         )
 
     def __str__(self) -> str:

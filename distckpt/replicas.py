@@ -80,7 +80,7 @@ def name_differing(found: Sequence[Checksums], plan: WritePlan) -> str | None:
         return None
     ranks: dict[str, set[int]] = {}
     for row in np.flatnonzero(differs).tolist():
-        name = plan.names[int(plan.check_tensor[check[row]])]
+        name = plan.tensor_of_check(int(check[row]))
         ranks.setdefault(name, set()).add(int(rank[row]))
     lines = [
         f"{name!r} on {ranks_text(sorted(found))} differs from the lowest rank's"

@@ -10,7 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from itertools import repeat
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -69,27 +70,40 @@ class Shard:
     @property
     def region(self) -> Region:
         """The box."""
-        stop = tuple(o + n for o, n in zip(self.offset, np.shape(self.array), strict=True))
-        return Region(self.offset, stop)
+        shape = np.shape(self.array)
+        return Region(self.offset, tuple([o + n for o, n in zip(self.offset, shape, strict=True)]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FlatShard:
     """A run of a tensor's elements in C order (ZeRO, FSDP's flat buffers), held on this rank.
 
+    Where a tensor is cut into boxes first, and each box is flattened and shared out (ZeRO-1 over
+    tensor parallelism: the optimizer's state of a rank's local shard), *region* is that box, and
+    the run is one of the box's own C order.
+
     Attributes:
-        array: One-dimensional: elements ``start … start + len(array)`` of the flattened tensor. Not
-            copied.
-        start: Index of the first element in the flattened tensor.
+        array: One-dimensional: elements ``start … start + len(array)`` of the flattened tensor, or
+            of its flattened region. Not copied.
+        start: Index of the first element in what is flattened.
         global_shape: Shape of the whole tensor.
+        region: The box that is flattened; None for the whole tensor.
 
     Raises:
-        LayoutError: The array is not one-dimensional, or the run does not lie in the tensor.
+        LayoutError: The array is not one-dimensional, or the run does not lie in the tensor, or the
+            region doesn't.
+
+    Examples:
+        >>> right_half = Region((0, 2), (4, 4))
+        >>> shard = FlatShard(np.zeros(3), 2, (4, 4), right_half)
+        >>> [str(box) for box in shard.regions]
+        ['[1:2, 2:4]', '[2:3, 2:3]']
     """
 
     array: np.ndarray
     start: int
     global_shape: tuple[int, ...]
+    region: Region | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "start", _ints((self.start,))[0])
@@ -99,17 +113,37 @@ class FlatShard:
             raise LayoutError(
                 f"a FlatShard holds a one-dimensional array, not one of shape {shape}"
             )
-        outside = self.start < 0 or self.start + shape[0] > math.prod(self.global_shape)
-        if outside or min(self.global_shape, default=0) < 0:
+        if min(self.global_shape, default=0) < 0:
+            raise LayoutError(f"a FlatShard ends outside its tensor of shape {self.global_shape}")
+        if self.region is not None and (
+            len(self.region.stop) != len(self.global_shape)
+            or any(b > n for b, n in zip(self.region.stop, self.global_shape, strict=True))
+        ):
             raise LayoutError(
-                f"a FlatShard of elements {self.start}:{self.start + shape[0]} ends outside its "
-                f"tensor of shape {self.global_shape} ({math.prod(self.global_shape)} elements)"
+                f"a FlatShard of the region {self.region} does not lie in its tensor of shape "
+                f"{self.global_shape}"
+            )
+        size = math.prod(self.global_shape) if self.region is None else self.region.size
+        if self.start < 0 or self.start + shape[0] > size:
+            where = "" if self.region is None else f" region {self.region} of its"
+            raise LayoutError(
+                f"a FlatShard of elements {self.start}:{self.start + shape[0]} ends outside its"
+                f"{where} tensor of shape {self.global_shape} ({size} elements)"
             )
 
     @property
     def regions(self) -> list[Region]:
         """The boxes that the run is made of, at most 2·ndim−1."""
-        return boxes_of_run(self.global_shape, self.start, self.start + len(self.array))
+        return runs_boxes(self.global_shape, self.region, self.start, np.shape(self.array)[0])
+
+
+def runs_boxes(
+    shape: tuple[int, ...], region: Region | None, start: int, count: int
+) -> list[Region]:
+    """Cut a run of a tensor, or of a box of it, into boxes of the tensor."""
+    if region is None:
+        return boxes_of_run(shape, start, start + count)
+    return [box.shifted(region.start) for box in boxes_of_run(region.shape, start, start + count)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -203,8 +237,7 @@ def register_net(cls: type, adapt: Adapt) -> None:
     _adapters.insert(0, (cls, adapt))
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
+class Leaf(NamedTuple):  # thousands are made at each save: a tuple is made fastest
     """One leaf of a nested state.
 
     Attributes:
@@ -233,7 +266,9 @@ class Leaf:
         if isinstance(old, Shard):
             self.replace(Shard(self._like(old.array, array), old.offset, old.global_shape))
         elif isinstance(old, FlatShard):
-            self.replace(FlatShard(self._like(old.array, array), old.start, old.global_shape))
+            self.replace(
+                FlatShard(self._like(old.array, array), old.start, old.global_shape, old.region)
+            )
         else:
             self.replace(self._like(old, array))
 
@@ -248,8 +283,7 @@ class Leaf:
         return jax.like(old, array) if jax.is_array(old) else array
 
 
-@dataclass(frozen=True, slots=True)
-class TensorLeaf:
+class TensorLeaf(NamedTuple):
     """A tensor, or this rank's piece of one.
 
     Attributes:
@@ -259,6 +293,8 @@ class TensorLeaf:
         shape: The whole tensor's shape.
         region: The piece, or None for a run.
         start: First element of a run, else None.
+        parent: The box in whose C order the run lies; None for the whole tensor, and where it is no
+            run.
     """
 
     leaf: Leaf
@@ -267,6 +303,7 @@ class TensorLeaf:
     shape: tuple[int, ...]
     region: Region | None
     start: int | None
+    parent: Region | None = None
 
     @property
     def name(self) -> str:
@@ -339,6 +376,111 @@ def flatten(state: object) -> FlatState:
             f"{len(problems)} leaves of the state can't be stored:\n  " + "\n  ".join(problems)
         )
     return flat
+
+
+_PIECES = frozenset({np.ndarray, Shard, FlatShard})
+_IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None)})
+
+
+class Flattened:
+    """What a state is like, to take the next one apart that is like it.
+
+    A training loop saves the same again and again, in dicts: then nothing needs to be looked at but
+    whether keys, shapes, dtypes and places are the same. No array is kept.
+
+    Attributes:
+        tensors: How many tensors it has.
+    """
+
+    def __init__(self, flat: FlatState) -> None:
+        self.tensors = len(flat.tensors)
+        walked = None if flat.per_rank else _walk_dicts(flat.state)
+        self._like: list[object] | None = None
+        if walked is None or len(walked[1]) != len(flat.tensors) + len(flat.values):
+            return
+        keys, leaves = walked
+        self._kinds = list(map(type, leaves))
+        self._pieces = [i for i, kind in enumerate(self._kinds) if kind not in _IMMUTABLE]
+        pieces, arrays = self._arrays(leaves)
+        if {type(piece) for piece in pieces} <= _PIECES and {type(a) for a in arrays} <= {
+            np.ndarray
+        }:
+            self._like = [keys, self._kinds, _seen(pieces, arrays)]
+            self._values = dict(zip(self._others(), flat.values, strict=True))
+            self._names = [tensor.name for tensor in flat.tensors]
+            self._models = list(zip(*(tensor[2:] for tensor in flat.tensors), strict=True))
+
+    def again(self, state: object) -> FlatState | None:
+        """Take the next state apart; None if it isn't the like. Its leaves can't be replaced."""
+        walked = _walk_dicts(state) if self._like is not None else None
+        if walked is None or [walked[0], list(map(type, walked[1]))] != self._like[:2]:  # type: ignore[index]
+            return None
+        leaves = walked[1]
+        pieces, arrays = self._arrays(leaves)
+        if set(map(type, arrays)) - {np.ndarray} or _seen(pieces, arrays) != self._like[2]:  # type: ignore[index]
+            return None
+        values = {
+            name: Leaf(name, leaves[index], _unreplaceable) for index, name in self._values.items()
+        }
+        made = map(Leaf, self._names, pieces, repeat(_unreplaceable))
+        return FlatState(list(map(TensorLeaf, made, arrays, *self._models)), values, {}, state)
+
+    def _others(self) -> list[int]:
+        return [i for i, kind in enumerate(self._kinds) if kind in _IMMUTABLE]
+
+    def _arrays(self, leaves: list[object]) -> tuple[list[Any], list[Any]]:
+        pieces: list[Any] = [leaves[index] for index in self._pieces]
+        return pieces, [
+            piece.array if type(piece) is Shard or type(piece) is FlatShard else piece
+            for piece in pieces
+        ]
+
+
+def _unreplaceable(value: object) -> None:
+    raise LayoutError(f"a state that is saved takes no new value ({_type_name(value)})")
+
+
+def _seen(pieces: Sequence[Any], arrays: Sequence[Any]) -> list[object]:
+    """List what a plan depends on of each piece."""
+    shards = [piece for piece in pieces if type(piece) is Shard]
+    runs = [piece for piece in pieces if type(piece) is FlatShard]
+    return [
+        [array.shape for array in arrays],
+        [array.dtype for array in arrays],
+        [shard.offset for shard in shards],
+        [shard.global_shape for shard in shards],
+        [(run.start, run.global_shape, run.region) for run in runs],
+    ]
+
+
+def _walk_dicts(state: object) -> tuple[list[tuple[object, ...]], list[object]] | None:
+    """List the keys and the leaves of nested dicts, in the order in which they are flattened."""
+    if type(state) is not dict:
+        return None
+    keys: list[tuple[object, ...]] = []
+    leaves: list[object] = []
+    todo: list[Iterator[object]] = []
+    node: dict[object, object] = state
+    while True:
+        keys.append(tuple(node))
+        todo.append(iter(node.values()))
+        while todo:
+            for value in todo[-1]:
+                if type(value) is dict:
+                    node = value
+                    break
+                leaves.append(value)
+            else:
+                todo.pop()
+                continue
+            break
+        else:
+            return keys, leaves
+        if len(todo) > _DEEPEST:
+            return None
+
+
+_DEEPEST = 64
 
 
 def _name_problem(name: str) -> str | None:
@@ -513,12 +655,12 @@ def _tensor(leaf: Leaf) -> TensorLeaf | str:
     shape = value.global_shape if isinstance(value, Shard | FlatShard) else array.shape
     if len(shape) > MAX_DIMENSIONS:
         return f"{len(shape)} dimensions; a tensor has at most {MAX_DIMENSIONS}"
-    if math.prod(extent or 1 for extent in shape) * dtype.itemsize > MAX_TENSOR_BYTES:
+    if math.prod([extent or 1 for extent in shape]) * dtype.itemsize > MAX_TENSOR_BYTES:
         return f"a shape of {tuple(shape)}; a tensor has at most {MAX_TENSOR_BYTES} bytes"
     if isinstance(value, Shard):
         return TensorLeaf(leaf, array, dtype, value.global_shape, value.region, None)
     if isinstance(value, FlatShard):
-        return TensorLeaf(leaf, array, dtype, value.global_shape, None, value.start)
+        return TensorLeaf(leaf, array, dtype, value.global_shape, None, value.start, value.region)
     return TensorLeaf(leaf, array, dtype, array.shape, Region.whole(array.shape), None)
 
 

@@ -11,10 +11,23 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from distckpt import codec
+from distckpt.bundle import (
+    FANOUT,
+    Bundle,
+    Collector,
+    Distinct,
+    children,
+    is_leaf,
+    parent,
+    subtree,
+)
 from distckpt.coordinator import (
     BACKGROUND_TAG,
     Coordinator,
@@ -34,9 +47,12 @@ from distckpt.waiting import Backlog, T, Waiting
 logger = logging.getLogger(__name__)
 COORDINATOR = 0
 _STEPS = 8  # message kinds of one operation
-_OPERATIONS = BACKGROUND_TAG // _STEPS
-# Above so many ranks a broadcast goes down a tree.
-_FLAT_BROADCAST = 64
+_OPERATIONS = BACKGROUND_TAG // _STEPS - 1
+# The tags that this leaves free are for what outlives operations.
+HEARTBEAT_TAG = _OPERATIONS * _STEPS
+# How long the coordinator waits for ranks to say that they are there, before it names the late: in
+# all, less than the others wait for it, and since the last has answered.
+_ROLL_CALL_S, _QUIET_S = 10.0, 2.0
 # How much longer than the coordinator the others wait, so that its answer, which names the late,
 # arrives first.
 _GRACE_S = 15.0
@@ -97,6 +113,45 @@ class Team:
         return self.backlog.drive(protocol)
 
 
+class Gathered(list[Any]):
+    """The values that the ranks have sent, by rank; equal ones are one object.
+
+    Args:
+        column: The values as bytes.
+    """
+
+    def __init__(self, column: Distinct) -> None:
+        self._values = [codec.unpack(payload, copy=False) for payload in column.payloads]
+        self._of_rank = column.of_rank
+        super().__init__([self._values[index] for index in column.of_rank.tolist()])
+
+    def distinct(self) -> list[tuple[Any, Sequence[int]]]:
+        """Return each distinct value, and the ranks that have sent it."""
+        if len(self._values) == 1:
+            return [(self._values[0], range(len(self)))]
+        order = np.argsort(self._of_rank, kind="stable")
+        edges = np.searchsorted(self._of_rank[order], np.arange(1, len(self._values)))
+        found = np.split(order, edges)
+        return [(value, some.tolist()) for value, some in zip(self._values, found, strict=True)]
+
+    def errors(self) -> dict[int, Any]:
+        """Return rank → its ``"error"``, for the ranks that have one."""
+        found = {
+            rank: value["error"]
+            for value, ranks in self.distinct()
+            if value["error"] is not None
+            for rank in ranks
+        }
+        return {rank: found[rank] for rank in sorted(found)}
+
+
+@dataclass(frozen=True, slots=True)
+class ToAll:
+    """One value for all ranks, instead of a list of thousands that are the same."""
+
+    value: Any
+
+
 class Operation:
     """One operation that all ranks take part in: gather, scatter and broadcast of plain values.
 
@@ -117,21 +172,26 @@ class Operation:
         self.size = coordinator.size
         self._coordinator = coordinator
         self._first_tag = number % _OPERATIONS * _STEPS + BACKGROUND_TAG * background
+        self._asked: int | None = None  # the step of the last gather
+        self._direct = False  # ranks were late: nothing goes down the tree any more
 
     def in_background(self) -> Operation:
         """The same operation, on the messages for the background."""
         return Operation(self._coordinator, self.number, self.timeout_s, background=True)
 
     def agree(
-        self, call: Mapping[str, Any], decide: Callable[[list[Any]], list[Any]], what: str
+        self,
+        call: Mapping[str, Any],
+        decide: Callable[[Gathered], Sequence[Any] | ToAll],
+        what: str,
     ) -> Waiting[Any]:
         """Have the coordinator decide from every rank's part of a call. Uses the steps 0 and 1.
 
         Args:
             call: Plain. ``call["call"]`` says what is called, as text, and must be the same on all
                 ranks; ``call["error"]`` is None, or what went wrong before (`to_plain`).
-            decide: Runs at the coordinator: calls by rank → answers by rank. What it raises, all
-                ranks raise.
+            decide: Runs at the coordinator: calls by rank → answers by rank, or one `ToAll`. What
+                it raises, all ranks raise.
             what: What a late rank did not do.
 
         Returns:
@@ -144,15 +204,19 @@ class Operation:
             calls = yield from self.gather(0, call, what)
         except Late as late:
             # The late ones find this waiting when they come.
-            yield from self.scatter(1, [{"late": late.told}] * self.size, what)
+            yield from self.scatter(1, ToAll({"late": late.told}), what)
             raise
-        answers: list[Any] | None = None
+        answers: Sequence[Any] | ToAll | None = None
         if calls is not None:
             try:
                 _check_same_call(calls)
-                answers = [{"error": None, "answer": answer} for answer in decide(calls)]
+                decided = decide(calls)
+                if isinstance(decided, ToAll):
+                    answers = ToAll({"error": None, "answer": decided.value})
+                else:
+                    answers = [{"error": None, "answer": answer} for answer in decided]
             except Exception as exc:  # whatever it is, no rank may be left waiting
-                answers = [{"error": to_plain(exc)}] * self.size
+                answers = ToAll({"error": to_plain(exc)})
                 if not isinstance(exc, CheckpointError):
                     logger.exception("%s failed at the coordinator", what)
         answer = yield from self.scatter(1, answers, f"answer to {what}")
@@ -162,8 +226,8 @@ class Operation:
             raise from_plain(answer["error"])
         return answer["answer"]
 
-    def gather(self, step: int, value: object, what: str) -> Waiting[list[Any] | None]:
-        """Bring every rank's value to the coordinator.
+    def gather(self, step: int, value: object, what: str) -> Waiting[Gathered | None]:
+        """Bring every rank's value to the coordinator; equal ones travel, and are decoded, once.
 
         Returns:
             The values by rank at the coordinator, None elsewhere.
@@ -172,36 +236,25 @@ class Operation:
             Late: At the coordinator, naming the ranks whose value has not come; `what` they did not
                 do.
         """
-        if self.rank != COORDINATOR:
-            self.send(COORDINATOR, step, value)
-            return None
-        values: list[Any] = [None] * self.size
-        missing = set(range(self.size)) - {self.rank}
-        values[self.rank] = value
-        deadline = time.monotonic() + self.timeout_s
-        while missing:
-            found = self._receive(step, None)
-            if found is not None:
-                source, values[source] = found
-                missing.discard(source)
-            elif time.monotonic() > deadline:
-                raise Late(missing, self.timeout_s, what)
-            else:
-                yield
-        return values
+        found = yield from self.gather_bytes(step, [codec.pack(value)], what)
+        return None if found is None else Gathered(found[0])
 
-    def scatter(self, step: int, values: list[Any] | None, what: str) -> Waiting[Any]:
+    def scatter(self, step: int, values: Sequence[Any] | ToAll | None, what: str) -> Waiting[Any]:
         """Send each rank its own value from the coordinator; `values` is None elsewhere.
 
         Raises:
             Late: Elsewhere, when the coordinator does not answer.
         """
-        if values is None:
-            return (yield from self.receive(COORDINATOR, step, what, grace_s=_GRACE_S))
-        for rank in range(self.size):
-            if rank != self.rank:
-                self.send(rank, step, values[rank])
-        return values[self.rank]
+        column = None
+        if isinstance(values, ToAll):
+            return (yield from self.broadcast(step, values.value, what))
+        if values is not None:
+            distinct = {id(value): value for value in values}
+            number = {key: place for place, key in enumerate(distinct)}
+            index = np.array([number[id(value)] for value in values], np.int64)
+            column = [Distinct([codec.pack(value) for value in distinct.values()], index)]
+        found = yield from self.scatter_bytes(step, column, what)
+        return codec.unpack(found[0], copy=False) if values is None else values[self.rank]
 
     def broadcast(self, step: int, value: object, what: str) -> Waiting[Any]:
         """Send one value from the coordinator to all; `value` is ignored elsewhere.
@@ -209,18 +262,136 @@ class Operation:
         Raises:
             Late: Elsewhere, when it does not come.
         """
-        tree = self.size > _FLAT_BROADCAST
-        if self.rank != COORDINATOR:
-            parent = (self.rank - 1) // 2 if tree else COORDINATOR
-            value = yield from self.receive(parent, step, what, grace_s=_GRACE_S)
-        if tree:
-            children = [rank for rank in (2 * self.rank + 1, 2 * self.rank + 2) if rank < self.size]
+        column = None
+        if self.rank == COORDINATOR:
+            column = [Distinct([codec.pack(value)], np.zeros(self.size, np.int64))]
+        found = yield from self.scatter_bytes(step, column, what)
+        return value if column is not None else codec.unpack(found[0], copy=False)
+
+    def gather_bytes(
+        self, step: int, contents: Sequence[bytes], what: str
+    ) -> Waiting[list[Distinct] | None]:
+        """Bring several contents of every rank to the coordinator, in columns, up a tree.
+
+        Returns:
+            The columns at the coordinator, None elsewhere.
+
+        Raises:
+            Late: As in `gather`.
+        """
+        self._asked = step
+        collector = Collector(len(contents))
+        zero = np.zeros(1, np.int64)
+        collector.add(
+            Bundle(np.array([self.rank]), [Distinct([content], zero) for content in contents])
+        )
+        missing = subtree(self.rank, self.size)[1] - self.rank - 1
+        deadline = time.monotonic() + self.timeout_s
+        while missing:
+            found = self._receive_bundle(step)
+            if found is not None:
+                if not found.columns:  # the coordinator asks who is there
+                    self._post(COORDINATOR, step, Bundle(np.array([self.rank]), []))
+                    return None
+                collector.add(found)
+                missing -= len(found.ranks)
+            elif time.monotonic() <= deadline:
+                yield
+            elif self.rank == COORDINATOR:
+                yield from self._name_late(step, collector, what)
+                missing = 0
+            elif time.monotonic() <= deadline + _GRACE_S:
+                yield
+            else:  # the coordinator has given up, too
+                return None
+        bundle = collector.bundle()
+        if self.rank == COORDINATOR:
+            return list(bundle.columns)
+        self._post(parent(self.rank), step, bundle)
+        return None
+
+    def _name_late(self, step: int, collector: Collector, what: str) -> Waiting[None]:
+        """Find out who is late: who is there may only wait for others to hand its content on.
+
+        Raises:
+            Late: Unless all has come in the meantime.
+        """
+        absent = set(range(self.size)) - set(collector.ranks().tolist())
+        incomplete = set(absent)
+        relayed = [rank for rank in absent if not is_leaf(rank, self.size) or parent(rank)]
+        for rank in relayed:
+            self._post(rank, step, Bundle(np.array([COORDINATOR]), []))
+        asked_at = heard_at = time.monotonic()
+        while relayed and incomplete:
+            found = self._receive_bundle(step)
+            now = time.monotonic()
+            if found is None:
+                if now > heard_at + _QUIET_S or now > asked_at + _ROLL_CALL_S:
+                    break
+                yield
+                continue
+            heard_at = now
+            absent.difference_update(found.ranks.tolist())
+            if found.columns:
+                collector.add(found)
+                incomplete.difference_update(found.ranks.tolist())
+        if incomplete:
+            self._direct = True
+            raise Late(absent or incomplete, self.timeout_s, what)
+
+    def scatter_bytes(
+        self, step: int, columns: Sequence[Distinct] | None, what: str
+    ) -> Waiting[list[bytes]]:
+        """Send each rank its own contents from the coordinator; `columns` is None elsewhere.
+
+        Down a tree; but where ranks were late, to each rank by itself: the late can't hand it on.
+
+        Raises:
+            Late: Elsewhere, when the coordinator does not answer.
+        """
+        if columns is None:
+            bundle = yield from self._answer(step, what)
         else:
-            children = [rank for rank in range(self.size) if rank != self.rank]
-            children = children if self.rank == COORDINATOR else []
-        for rank in children:
-            self.send(rank, step, value)
-        return value
+            bundle = Bundle(np.arange(self.size), columns)
+        if self._direct:
+            for rank in range(self.size):
+                if rank != self.rank:
+                    self._post(rank, step, bundle.take(np.array([rank])))
+        else:
+            for child in children(self.rank, self.size):
+                rows = np.searchsorted(bundle.ranks, subtree(child, self.size))
+                if rows[0] < rows[1]:
+                    self._post(child, step, bundle.take(np.arange(rows[0], rows[1])))
+        row = int(np.searchsorted(bundle.ranks, self.rank))
+        return [column[row] for column in bundle.columns]
+
+    def _answer(self, step: int, what: str) -> Waiting[Bundle]:
+        """Wait for what the coordinator sends; meanwhile, say that this rank is there if asked."""
+        deadline = time.monotonic() + self.timeout_s + _GRACE_S
+        while True:
+            found = self._receive_bundle(step)
+            if found is not None:
+                return found
+            if self._asked is not None and self.size > FANOUT:
+                asked = self._receive_bundle(self._asked)
+                if asked is not None and not asked.columns:
+                    self._post(COORDINATOR, self._asked, Bundle(np.array([self.rank]), []))
+            if time.monotonic() > deadline:
+                raise Late([COORDINATOR], self.timeout_s + _GRACE_S, what)
+            yield
+
+    def _post(self, dest: int, step: int, bundle: Bundle) -> None:
+        self._coordinator.post(dest, self._first_tag + step, bundle.encode(self.number))
+
+    def _receive_bundle(self, step: int) -> Bundle | None:
+        while True:
+            found = self._coordinator.poll(self._first_tag + step, None)
+            if found is None:
+                return None
+            number, bundle = Bundle.decode(found[1])
+            # Tags are reused: what is left of an operation that was given up is dropped.
+            if number == self.number:
+                return bundle
 
     def send(self, dest: int, step: int, value: object) -> None:
         """Send one value to one rank."""
@@ -254,12 +425,12 @@ class Operation:
                 return origin, value
 
 
-def _check_same_call(calls: list[Any]) -> None:
+def _check_same_call(calls: Gathered) -> None:
     ranks: dict[str, list[int]] = {}
-    for rank, call in enumerate(calls):
-        ranks.setdefault(call["call"], []).append(rank)
+    for call, found in calls.distinct():
+        ranks.setdefault(call["call"], []).extend(found)
     if len(ranks) > 1:
-        lines = [f"{ranks_text(found)}: {text}" for text, found in ranks.items()]
+        lines = [f"{ranks_text(sorted(found))}: {text}" for text, found in ranks.items()]
         raise CheckpointError(
             "the ranks made different calls; every rank must make the same ones in the same order:"
             "\n  " + "\n  ".join(lines)

@@ -35,7 +35,7 @@ _MOST_CELLS = 64
 _MAX_BOXES = 1 << 26
 _MAX_SHARED_BYTES = 1 << 28
 # A cover in more dimensions than this may take too long to check.
-_EASY_DIMENSIONS = 8
+_EASY_DIMENSIONS = 4
 _RULES = {BALANCED: pb.BALANCED, CEILING: pb.CEILING}
 
 
@@ -45,7 +45,7 @@ def encode(manifest: Manifest) -> bytes:
     Raises:
         LayoutError: Beyond the limits of the format: `decode` would refuse it.
     """
-    boxes = _count_boxes(manifest.layouts, manifest.layout)
+    boxes = manifest.boxes
     if boxes > _MAX_BOXES:
         raise LayoutError(f"{boxes} boxes; a checkpoint has at most {_MAX_BOXES}")
     # Fails where there are more than can be checked in so many dimensions.
@@ -212,11 +212,7 @@ def _decode(message: Any) -> Manifest:
             f"a tensor of shape {shape} is too large",
         )
     # Sums of numbers in range may leave it; as floats they can't.
-    pieces = manifest.pieces
-    _need(
-        (np.bincount(pieces.file, pieces.size_bytes, minlength=count) <= MAX_BYTES).all(),
-        "tensors beyond all limits in one file",
-    )
+    _need(manifest.largest_file_bytes <= MAX_BYTES, "tensors beyond all limits in one file")
     table_start = manifest.file_table_start
     expected = table_start + [table_bytes(start, block_bytes) for start in table_start.tolist()]
     _need(
@@ -287,9 +283,15 @@ def _decode_layouts(message: Any, files: int) -> list[Layout]:
                 f"a grid of {grid.parts} over {files} files",
             )
             layouts.append(Layout.of_grid(whole, grid))
-            _need(len(layouts[-1]) == math.prod(grid.parts), f"a grid of {grid.parts} of {whole}")
+            _need(layouts[-1].used_parts() == grid.parts, f"a grid of {grid.parts} of {whole}")
+            # The first and the last file that any of its boxes lies in.
+            ends = [
+                stride * (count - 1)
+                for stride, count in zip(grid.file_stride, grid.parts, strict=True)
+            ]
             _need(
-                ((layouts[-1].file >= 0) & (layouts[-1].file < files)).all(),
+                grid.file_base + sum(min(end, 0) for end in ends) >= 0
+                and grid.file_base + sum(max(end, 0) for end in ends) < files,
                 "a grid lies in a file that does not exist",
             )
             at_grid += dims
@@ -309,7 +311,12 @@ def _check_cover(layouts: Sequence[Layout]) -> None:
                 and tuple(layout.stop[0].tolist()) == layout.shape,
                 f"a layout of shape {layout.shape} is not one whole box",
             )
-    proper = [layout for layout in layouts if layout.shape and 0 not in layout.shape]
+    # A grid covers its shape by what it is.
+    proper = [
+        layout
+        for layout in layouts
+        if layout.shape and 0 not in layout.shape and not layout.is_grid
+    ]
     if not proper:
         return
     width = max(len(layout.shape) for layout in proper)

@@ -15,22 +15,23 @@ position.
 from __future__ import annotations
 
 from distckpt.plan.holdings import Holdings, describe
+from distckpt.plan.parts import WritePart, part_from_bytes
 from distckpt.plan.read import Fragments, Wants, plan_read
+from distckpt.plan.summary import Summary, summarise
 from distckpt.plan.wire import (
     fragments_from_plain,
     fragments_to_plain,
     holdings_from_plain,
     holdings_to_plain,
-    part_from_plain,
-    part_to_plain,
 )
-from distckpt.plan.write import DEFAULT_SHARD_BYTES, Replicas, WritePart, WritePlan, plan_write
+from distckpt.plan.write import DEFAULT_SHARD_BYTES, Replicas, WritePlan, plan_write
 
 __all__ = [
     "DEFAULT_SHARD_BYTES",
     "Fragments",
     "Holdings",
     "Replicas",
+    "Summary",
     "Wants",
     "WritePart",
     "WritePlan",
@@ -39,8 +40,8 @@ __all__ = [
     "fragments_to_plain",
     "holdings_from_plain",
     "holdings_to_plain",
-    "part_from_plain",
-    "part_to_plain",
+    "part_from_bytes",
     "plan_read",
     "plan_write",
+    "summarise",
 ]

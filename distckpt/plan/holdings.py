@@ -17,14 +17,18 @@ BOX, RUN = 0, 1
 class Holdings:
     """What one rank holds, as columns: an item for each of its tensors or pieces of one.
 
+    An item is a run of the C order of a box: of a box held whole, all of it.
+
     Attributes:
         names: The tensors' names, each once.
         dtype: (items,) dtype codes.
         ndim: (items,) dimensions before padding.
         kind: (items,) `BOX` or `RUN`.
         shape: (items, width) shapes of the whole tensors.
-        start: (items, width) of a box; a run's first element in the last column, zeros before it.
-        stop: (items, width) likewise.
+        start: (items, width) the box.
+        stop: (items, width).
+        first: (items,) the run's first element in the C order of the box.
+        last: (items,) one past its last.
         per_rank: Names of the rank's per-rank values.
     """
 
@@ -35,7 +39,14 @@ class Holdings:
     shape: np.ndarray
     start: np.ndarray
     stop: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
     per_rank: tuple[str, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Dimensions after padding."""
+        return int(self.shape.shape[1])
 
     def boxes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Cut runs into boxes.
@@ -44,44 +55,56 @@ class Holdings:
             How many boxes each item has (a run without elements has none), and all boxes' start and
             stop, by item.
         """
-        runs = np.flatnonzero((self.kind == RUN) & (self.start[:, -1] < self.stop[:, -1]))
+        runs = np.flatnonzero((self.kind == RUN) & (self.first < self.last))
         plain = np.flatnonzero(self.kind == BOX)
-        of, start, stop = boxes_of_runs(self.shape[runs], self.start[runs, -1], self.stop[runs, -1])
+        of, start, stop = boxes_of_runs(
+            self.stop[runs] - self.start[runs], self.first[runs], self.last[runs]
+        )
         item = np.concatenate([plain, runs[of]])
         order = np.argsort(item, kind="stable")
+        origin = self.start[runs[of]]
         return (
             np.bincount(item, minlength=len(self.names)),
-            np.concatenate([self.start[plain], start])[order],
-            np.concatenate([self.stop[plain], stop])[order],
+            np.concatenate([self.start[plain], start + origin])[order],
+            np.concatenate([self.stop[plain], stop + origin])[order],
         )
 
 
 def describe(tensors: Sequence[TensorLeaf], per_rank: Sequence[str] = ()) -> Holdings:
     """Describe this rank's tensors in columns."""
     count = len(tensors)
-    width = max((len(leaf.shape) for leaf in tensors), default=1) or 1
-    shape = np.ones((count, width), np.int64)
-    start = np.zeros((count, width), np.int64)
-    stop = np.ones((count, width), np.int64)
+    ndim = [len(leaf.shape) for leaf in tensors]
+    width = max(ndim, default=1) or 1
+    zeros = [(0,) * (width - dims) for dims in range(width + 1)]
+    ones = [(1,) * (width - dims) for dims in range(width + 1)]
+    shape, start, stop, runs, run_first, run_size = [], [], [], [], [], []
+    for row, (leaf, dims) in enumerate(zip(tensors, ndim, strict=True)):
+        shape.append(ones[dims] + leaf.shape)
+        box = leaf.region or leaf.parent
+        start.append(zeros[dims] + box.start if box is not None else zeros[0])
+        stop.append(ones[dims] + box.stop if box is not None else shape[-1])
+        if leaf.region is None:
+            runs.append(row)
+            run_first.append(leaf.start or 0)
+            run_size.append(leaf.array.size)
+    shapes, starts, stops = (
+        np.array(column, np.int64).reshape(count, width) for column in (shape, start, stop)
+    )
     kind = np.zeros(count, np.uint8)
-    for row, leaf in enumerate(tensors):
-        first = width - len(leaf.shape)
-        shape[row, first:] = leaf.shape
-        if leaf.region is not None:
-            start[row, first:] = leaf.region.start
-            stop[row, first:] = leaf.region.stop
-        else:
-            kind[row] = RUN
-            stop[row] = 0
-            start[row, -1] = leaf.start or 0
-            stop[row, -1] = start[row, -1] + leaf.array.size
+    first = np.zeros(count, np.int64)
+    last = (stops - starts).prod(axis=1)
+    kind[runs] = RUN
+    first[runs] = run_first
+    last[runs] = np.array(run_first, np.int64) + np.array(run_size, np.int64)
     return Holdings(
-        tuple(leaf.name for leaf in tensors),
+        tuple([leaf.name for leaf in tensors]),
         np.array([leaf.dtype.code for leaf in tensors], np.uint8),
-        np.array([len(leaf.shape) for leaf in tensors], np.uint8),
+        np.array(ndim, np.uint8),
         kind,
-        shape,
-        start,
-        stop,
+        shapes,
+        starts,
+        stops,
+        first,
+        last,
         tuple(per_rank),
     )

@@ -8,6 +8,7 @@ import numpy as np
 
 from distckpt.manifest import Pieces
 from distckpt.plan.balance import balance
+from distckpt.plan.columns import distinct_lists
 from distckpt.region import boxes_of_runs
 
 # The first and the last block of a stretch always hold wanted elements.
@@ -68,6 +69,15 @@ class Fragments:
     def take(self, index: np.ndarray) -> Fragments:
         """Select rows."""
         return Fragments(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
+    def by_rank(self, ranks: int) -> list[np.ndarray]:
+        """Return for each rank the rows that it reads or receives."""
+        rows = np.arange(len(self.reader))
+        others = np.flatnonzero(self.consumer != self.reader)
+        rank = np.concatenate([self.reader, self.consumer[others]])
+        rows = np.concatenate([rows, others])
+        order = np.lexsort((rows, rank))
+        return np.split(rows[order], np.searchsorted(rank[order], np.arange(1, ranks)))
 
     def of_rank(self, rank: int) -> Fragments:
         """Select what a rank reads or receives."""
@@ -244,22 +254,33 @@ def _readers(
     new[1:] = (file[1:] != file[:-1]) | (block[1:] != block[:-1])
     which = np.cumsum(new) - 1  # number of the distinct block
     first = np.flatnonzero(new)
-    last = np.append(first, len(order))[1:]
-    holders: dict[tuple[int, ...], list[int]] = {}
-    reader = np.zeros(len(first), np.int64)
-    load = np.zeros(ranks, np.int64)
-    for number, (low, high) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
-        wanting = tuple(dict.fromkeys(consumer[low:high].tolist()))
-        if len(wanting) == 1:
-            reader[number] = wanting[0]
-            load[wanting[0]] += 1
-        else:
-            holders.setdefault(wanting, []).append(number)
-    groups = [(np.array(group), len(members)) for group, members in holders.items()]
-    for (group, _), members, share in zip(
-        groups, holders.values(), balance(load, groups), strict=True
+    # Who wants each block, each rank once.
+    other = new.copy()
+    other[1:] |= consumer[1:] != consumer[:-1]
+    wanting = consumer[other]
+    edges = np.append(np.cumsum(other)[first] - 1, len(wanting))
+    lists, group = distinct_lists(wanting, edges)
+    groups = [wanting[edges[number] : edges[number + 1]] for number in lists.tolist()]
+    alone = np.array([len(found) == 1 for found in groups], bool)
+    lowest = np.array([found[0] for found in groups], np.int64)
+    reader = lowest[group]
+    load = np.bincount(reader[alone[group]], minlength=ranks) if len(first) else np.zeros(ranks)
+    shared = np.flatnonzero(~alone)
+    members = np.argsort(group, kind="stable")
+    begins = np.searchsorted(group[members], shared)
+    counts = np.searchsorted(group[members], shared, side="right") - begins
+    shares = balance(
+        load,
+        [
+            (groups[number], count)
+            for number, count in zip(shared.tolist(), counts.tolist(), strict=True)
+        ],
+    )
+    for number, begin, count, share in zip(
+        shared.tolist(), begins.tolist(), counts.tolist(), shares, strict=True
     ):
-        reader[members] = np.repeat(group, share)
+        # Stretches of blocks, so that a rank opens few files.
+        reader[members[begin : begin + count]] = np.repeat(groups[number], share)
     # A rank reads its blocks in the order of file and block, a fixed number a round.
     by_reader = np.argsort(reader, kind="stable")
     edges = np.searchsorted(reader[by_reader], np.arange(ranks))

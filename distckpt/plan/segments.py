@@ -2,94 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from distckpt import dtypes
 from distckpt.errors import LayoutError
-from distckpt.layout import describe_faults, wrong_covers
-from distckpt.manifest import pad_columns
-from distckpt.plan.holdings import BOX, RUN, Holdings
+from distckpt.layout import cut_edges, describe_faults, wrong_covers
+from distckpt.plan.columns import distinct_rows, ranges
+from distckpt.plan.holdings import RUN
+from distckpt.plan.merge import Tensors, Use, World, a_rule
 from distckpt.region import Region, boxes_of_runs
+
+_MOST_LISTED = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Items:
-    """All ranks' items in one table.
+class Occurrences:
+    """Who holds what: a row is a run of a box of a tensor, held by a set of ranks.
 
     Attributes:
-        tensor: (items,) index of its tensor.
-        rank: (items,) who holds it.
-        item: (items,) its number among the rank's.
-        kind: (items,) `BOX` or `RUN`.
-        start: (items, width) as in `Holdings`.
-        stop: (items, width).
+        tensor: (rows,) index of the tensor.
+        holders: (rows,) index of the set of ranks.
+        item: (rows,) the number of the item on all these ranks; see `World`.
+        is_run: (rows,) whether it was given as a run.
+        start: (rows, width) the box.
+        stop: (rows, width).
+        first: (rows,) first element in the C order of the box.
+        last: (rows,) one past the last.
+        sets: The sets of ranks, each ascending.
     """
 
     tensor: np.ndarray
-    rank: np.ndarray
+    holders: np.ndarray
     item: np.ndarray
-    kind: np.ndarray
+    is_run: np.ndarray
     start: np.ndarray
     stop: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    sets: list[np.ndarray]
 
-    def take(self, index: np.ndarray) -> Items:
+    def take(self, rows: np.ndarray) -> Occurrences:
         """Select rows."""
-        return Items(
-            self.tensor[index],
-            self.rank[index],
-            self.item[index],
-            self.kind[index],
-            self.start[index],
-            self.stop[index],
+        return Occurrences(
+            self.tensor[rows],
+            self.holders[rows],
+            self.item[rows],
+            self.is_run[rows],
+            self.start[rows],
+            self.stop[rows],
+            self.first[rows],
+            self.last[rows],
+            self.sets,
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Tensors:
-    """All tensors, in columns.
-
-    Attributes:
-        names: Their names, in the order in which they were first seen.
-        dtype: (tensors,) dtype codes.
-        ndim: (tensors,) dimensions before padding.
-        shape: (tensors, width) padded shapes.
-        size: (tensors,) elements.
-        itemsize: (tensors,) bytes of an element.
-    """
-
-    names: tuple[str, ...]
-    dtype: np.ndarray
-    ndim: np.ndarray
-    shape: np.ndarray
-    size: np.ndarray
-    itemsize: np.ndarray
-
-    def true_shape(self, tensor: int) -> tuple[int, ...]:
-        """Return a tensor's shape without padding."""
-        return tuple(self.shape[tensor, self.shape.shape[1] - int(self.ndim[tensor]) :].tolist())
-
-
-@dataclass(frozen=True, slots=True)
 class Segments:
-    """Distinct stretches of tensors, each held whole by one or more ranks.
+    """Distinct stretches of tensors, each held whole by one or more sets of ranks.
 
-    `pair_*` lists who holds what, sorted by segment, then rank: the segment, the rank, its item,
-    and where in the item's C order the segment begins. A segment is a box with its own C order, or
-    a run of the whole tensor, whose box is then the whole tensor and `first` the element where it
-    begins.
+    A segment is a run of a box of the tensor, often all of it. `pair_*` lists who holds what,
+    sorted by segment, then set: the segment, the set of ranks, the item on these, and where in the
+    item's C order the segment begins.
 
     Attributes:
         tensor: (segments,) index of its tensor.
         start: (segments, width) the box.
         stop: (segments, width).
-        first: (segments,) first element in the C order of the box; 0 unless it is a run.
+        first: (segments,) first element in the C order of the box.
         size: (segments,) elements.
         pair_segment: (pairs,) the segment.
-        pair_rank: (pairs,) a rank that holds it.
-        pair_item: (pairs,) the rank's item that it lies in.
+        pair_holders: (pairs,) a set of ranks that hold it.
+        pair_item: (pairs,) the item that it lies in there.
         pair_source: (pairs,) its first element in the item's C order.
     """
 
@@ -99,264 +84,246 @@ class Segments:
     first: np.ndarray
     size: np.ndarray
     pair_segment: np.ndarray
-    pair_rank: np.ndarray
+    pair_holders: np.ndarray
     pair_item: np.ndarray
     pair_source: np.ndarray
 
 
-def merge(holdings: Sequence[Holdings]) -> tuple[Tensors, Items]:
-    """Put all ranks' items into one table; tensors are numbered in the order of their first holder.
+def expand(world: World, uses: Sequence[Use]) -> Occurrences:
+    """List what is held: the items of these uses, and all odd ones, but for what has no element.
 
-    Raises:
-        LayoutError: Ranks that disagree on a tensor's dtype or shape: all of them.
+    A use has one row for each item and each distinct place of ranks in it, not for each rank.
     """
-    width = max((held.shape.shape[1] for held in holdings), default=1)
-    number: dict[str, int] = {}
-    seen: dict[tuple[str, ...], np.ndarray] = {}  # ranks mostly hold the same names
-    tensor = []
-    for held in holdings:
-        if held.names not in seen:
-            seen[held.names] = np.array(
-                [number.setdefault(name, len(number)) for name in held.names], np.int64
+    sets: list[np.ndarray] = []
+    columns: list[list[np.ndarray]] = [[] for _ in range(6)]
+    for use in uses:
+        firsts, cell = distinct_rows(use.coordinates)
+        order = np.argsort(cell, kind="stable")
+        numbers = len(sets) + np.arange(len(firsts))
+        sets += np.split(use.ranks[order], np.searchsorted(cell[order], np.arange(1, len(firsts))))
+        shape = world.tensors.shape[use.tensor]
+        start = np.zeros((len(use.item), len(firsts), shape.shape[1]), np.int64)
+        stop = np.repeat(shape[:, None, :], len(firsts), axis=1)
+        for index, dim in enumerate(use.dims):
+            at = use.coordinates[firsts, index]
+            start[:, :, dim], stop[:, :, dim] = cut_edges(
+                shape[:, dim, None], use.parts[index], a_rule(use.rules[index]), at[None, :]
             )
-        tensor.append(seen[held.names])
-    counts = [len(held.names) for held in holdings]
-    table = Items(
-        np.concatenate(tensor),
-        np.repeat(np.arange(len(holdings)), counts),
-        np.concatenate([np.arange(count) for count in counts]),
-        np.concatenate([held.kind for held in holdings]),
-        np.concatenate([pad_columns(held.start, width, 0) for held in holdings]),
-        np.concatenate(
-            [
-                np.where(
-                    (held.kind == RUN)[:, None],
-                    pad_columns(held.stop, width, 0),
-                    pad_columns(held.stop, width, 1),
-                )
-                for held in holdings
-            ]
-        ),
+        count, cells = start.shape[:2]
+        flat = (
+            np.repeat(use.tensor, cells),
+            np.tile(numbers, count),
+            np.repeat(2 * use.item, cells),
+            np.zeros(count * cells, bool),
+            start.reshape(count * cells, -1),
+            stop.reshape(count * cells, -1),
+        )
+        for column, part in zip(columns, flat, strict=True):
+            column.append(part)
+    odd = world.odd
+    flat = (
+        world.odd_tensor,
+        len(sets) + odd.of,
+        world.odd_item,
+        odd.kind == RUN,
+        odd.start,
+        odd.stop,
     )
-    dtype = np.concatenate([held.dtype for held in holdings])
-    ndim = np.concatenate([held.ndim for held in holdings])
-    shape = np.concatenate([pad_columns(held.shape, width, 1) for held in holdings])
-    _, first = np.unique(table.tensor, return_index=True)
-    differs = (
-        (dtype != dtype[first][table.tensor])
-        | (ndim != ndim[first][table.tensor])
-        | (shape != shape[first][table.tensor]).any(axis=1)
-    )
-    names = tuple(number)
-    codes = dtype[first]
-    itemsize = np.array([dtypes.BY_CODE[code].itemsize for code in codes.tolist()], np.int64)
-    tensors = Tensors(names, codes, ndim[first], shape[first], shape[first].prod(axis=1), itemsize)
-    wrong = np.flatnonzero(differs)
-    if wrong.size:
-
-        def text(row: int) -> str:
-            true = tuple(shape[row, width - int(ndim[row]) :].tolist())
-            return f"rank {table.rank[row]} has {dtypes.BY_CODE[int(dtype[row])].name} {true}"
-
-        raise LayoutError(_disagreement(tensors, table, wrong, first, text))
-    return tensors, table
+    for column, part in zip(columns, flat, strict=True):
+        column.append(part)
+    sets += world.odd_ranks
+    tensor, holders, item, is_run, start, stop = (np.concatenate(column) for column in columns)
+    size = (stop - start).prod(axis=1)
+    whole = len(size) - len(odd.of)
+    first = np.concatenate([np.zeros(whole, np.int64), odd.first])
+    last = np.concatenate([size[:whole], odd.last])
+    found = Occurrences(tensor, holders, item, is_run, start, stop, first, last, sets)
+    return found.take(np.flatnonzero((first < last) & (world.tensors.size[tensor] > 0)))
 
 
-def _disagreement(
-    tensors: Tensors,
-    table: Items,
-    wrong: np.ndarray,
-    first: np.ndarray,
-    text: Callable[[int], str],
-) -> str:
-    lines = []
-    for tensor in np.unique(table.tensor[wrong]).tolist():
-        rows = wrong[table.tensor[wrong] == tensor]
-        others = ", ".join(text(row) for row in rows[:3].tolist())
-        lines.append(f"{tensors.names[tensor]!r}: {text(int(first[tensor]))}, {others}")
-    return f"ranks disagree on {len(lines)} tensors:\n  " + "\n  ".join(lines)
-
-
-def find_segments(tensors: Tensors, items: Items) -> Segments:
+def find_segments(tensors: Tensors, held: Occurrences, others: np.ndarray) -> Segments:
     """Find the distinct stretches, and who holds them.
 
-    Raises:
-        LayoutError: Tensors that they do not cover exactly once: all of them.
-    """
-    empty_tensor = tensors.size[items.tensor] == 0
-    is_run = items.kind == RUN
-    length = np.where(
-        is_run, items.stop[:, -1] - items.start[:, -1], (items.stop - items.start).prod(axis=1)
-    )
-    # A whole tensor is a run, too: it may be held whole by some ranks and as flat shards by others.
-    whole = ~is_run & (length == tensors.size[items.tensor])
-    has_run = np.zeros(len(tensors.names), bool)
-    has_run[items.tensor[is_run & (length > 0)]] = True
-    has_box = np.zeros(len(tensors.names), bool)
-    has_box[items.tensor[~is_run & ~whole & (length > 0)]] = True
-    as_runs = (has_run & ~has_box)[items.tensor] & ~empty_tensor & (length > 0)
-    as_boxes = ~as_runs & ~empty_tensor & (length > 0)
+    Args:
+        tensors: All tensors.
+        held: What is held.
+        others: (n,) tensors that need no holder here.
 
-    # Of a tensor without elements, the first holder stores the whole (empty) box.
-    rows = np.flatnonzero(empty_tensor)
-    _, first = np.unique(items.tensor[rows], return_index=True)
-    rows = rows[first]
-    nothing = Segments(
-        items.tensor[rows],
-        np.zeros_like(items.start[rows]),
-        tensors.shape[items.tensor[rows]],
-        np.zeros(len(rows), np.int64),
-        np.zeros(len(rows), np.int64),
-        np.arange(len(rows)),
-        items.rank[rows],
-        items.item[rows],
-        np.zeros(len(rows), np.int64),
-    )
-    problems: list[str] = []
-    of_runs = _run_segments(tensors, items.take(np.flatnonzero(as_runs)), problems)
-    of_boxes = _box_segments(tensors, items.take(np.flatnonzero(as_boxes)), problems)
-    held = np.zeros(len(tensors.names), bool)
-    held[items.tensor[empty_tensor | (length > 0)]] = True
-    problems += [
-        f"{tensors.names[tensor]!r} of shape {tensors.true_shape(tensor)}: gap: no rank holds any "
-        "of it"
-        for tensor in np.flatnonzero(~held).tolist()
+    Raises:
+        LayoutError: Tensors that are not covered exactly once: all of them.
+    """
+    # Runs are refined within the boxes that they are runs of, if those cover the tensor.
+    firsts, box = distinct_rows(np.column_stack([held.tensor, held.start, held.stop]))
+    used, dense = np.unique(held.tensor[firsts], return_inverse=True)
+    faulty = used[
+        wrong_covers(dense.reshape(-1), held.start[firsts], held.stop[firsts], tensors.shape[used])
     ]
+    as_boxes = np.zeros(len(tensors.names), bool)
+    as_boxes[faulty] = True
+    in_boxes = as_boxes[held.tensor]
+    problems: list[tuple[int, str]] = []
+    of_runs = _refined(tensors, held, box, np.flatnonzero(~in_boxes), problems)
+    of_boxes = _merged(tensors, held.take(np.flatnonzero(in_boxes)), problems)
+    missing = np.ones(len(tensors.names), bool)
+    missing[held.tensor] = False
+    missing[others] = False
+    for tensor in np.flatnonzero(missing).tolist():
+        text = f"{tensors.names[tensor]!r} of shape {tensors.true_shape(tensor)}"
+        problems.append((tensor, f"{text}: gap: no rank holds any of it"))
     if problems:
         raise LayoutError(
             f"{len(problems)} tensors are not covered exactly once by what the ranks hold:\n  "
-            + "\n  ".join(problems)
+            + "\n  ".join(text for _, text in sorted(problems))
         )
-    return _join([nothing, of_runs, of_boxes])
+    return _join([of_runs, of_boxes])
 
 
 def _join(tables: Sequence[Segments]) -> Segments:
-    """Concatenate tables of segments, and sort by tensor and place."""
+    """Concatenate tables of segments, and sort their pairs."""
     offsets = np.cumsum([0] + [len(table.tensor) for table in tables])
-    tensor = np.concatenate([table.tensor for table in tables])
-    start = np.concatenate([table.start for table in tables])
-    first = np.concatenate([table.first for table in tables])
     pair_segment = np.concatenate(
         [table.pair_segment + offset for table, offset in zip(tables, offsets, strict=False)]
     )
-    pair_rank = np.concatenate([table.pair_rank for table in tables])
-    order = np.lexsort((first, *start.T[::-1], tensor))
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    pair_segment = place[pair_segment]
-    pairs = np.lexsort((pair_rank, pair_segment))
+    pair_holders = np.concatenate([table.pair_holders for table in tables])
+    pairs = np.lexsort((pair_holders, pair_segment))
     return Segments(
-        tensor[order],
-        start[order],
-        np.concatenate([table.stop for table in tables])[order],
-        first[order],
-        np.concatenate([table.size for table in tables])[order],
+        np.concatenate([table.tensor for table in tables]),
+        np.concatenate([table.start for table in tables]),
+        np.concatenate([table.stop for table in tables]),
+        np.concatenate([table.first for table in tables]),
+        np.concatenate([table.size for table in tables]),
         pair_segment[pairs],
-        pair_rank[pairs],
+        pair_holders[pairs],
         np.concatenate([table.pair_item for table in tables])[pairs],
         np.concatenate([table.pair_source for table in tables])[pairs],
     )
 
 
-def _run_segments(tensors: Tensors, items: Items, problems: list[str]) -> Segments:
-    """Refine runs at the union of their cuts, so that replicas cut differently share segments."""
-    is_run = items.kind == RUN
-    begin = np.where(is_run, items.start[:, -1], 0)
-    end = np.where(is_run, items.stop[:, -1], tensors.size[items.tensor])
-    used = np.unique(items.tensor)
-    # One line of positions for all tensors: tensor t occupies base[t] … base[t] + size[t].
-    base = np.zeros(len(tensors.names), np.int64)
-    base[used] = np.cumsum(tensors.size[used] + 1) - tensors.size[used] - 1
-    cuts = np.unique(
-        np.concatenate(
-            [
-                base[items.tensor] + begin,
-                base[items.tensor] + end,
-                base[used],
-                base[used] + tensors.size[used],
-            ]
-        )
-    )
-    owner = used[np.searchsorted(base[used], cuts, side="right") - 1] if len(used) else used
-    inner = np.flatnonzero(owner[:-1] == owner[1:])  # not the step from one tensor to the next
-    low, high, tensor = cuts[inner], cuts[inner + 1], owner[inner]
-    from_ = np.searchsorted(low, base[items.tensor] + begin)
-    to = np.searchsorted(low, base[items.tensor] + end)
-    count = to - from_
-    pair_row = np.repeat(np.arange(len(count)), count)
-    pair_segment = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count - from_, count)
-    held = np.zeros(len(low), bool)
-    held[pair_segment] = True
-    missing = np.flatnonzero(~held)
+def _refined(
+    tensors: Tensors,
+    held: Occurrences,
+    box: np.ndarray,
+    rows: np.ndarray,
+    problems: list[tuple[int, str]],
+) -> Segments:
+    """Refine runs at the union of their cuts, so that replicas cut differently share segments.
+
+    Args:
+        tensors: All tensors.
+        held: What is held.
+        box: (occurrences,) number of the box that each is a run of.
+        rows: The occurrences to look at.
+        problems: Takes faults: tensor and text.
+    """
+    boxes, first, place = np.unique(box[rows], return_index=True, return_inverse=True)
+    place = place.reshape(-1)
+    model = rows[first]
+    size = (held.stop[model] - held.start[model]).prod(axis=1)
+    # One line of positions for all boxes: box b occupies base[b] … base[b] + size[b].
+    base = np.cumsum(size + 1) - size - 1
+    begin, end = base[place] + held.first[rows], base[place] + held.last[rows]
+    cuts = np.unique(np.concatenate([begin, end, base, base + size]))
+    owner = np.searchsorted(base, cuts, side="right") - 1 if len(boxes) else cuts
+    inner = np.flatnonzero(owner[:-1] == owner[1:])  # not the step from one box to the next
+    low, high, of = cuts[inner], cuts[inner + 1], owner[inner]
+    from_ = np.searchsorted(low, begin)
+    count = np.searchsorted(low, end) - from_
+    pair_row = np.repeat(np.arange(len(rows)), count)
+    pair_segment = ranges(from_, count)
+    is_held = np.zeros(len(low), bool)
+    is_held[pair_segment] = True
+    missing = np.flatnonzero(~is_held)
+    tensor = held.tensor[model[of]]
     for index in np.unique(tensor[missing]).tolist():
-        gaps = missing[tensor[missing] == index]
-        texts = [f"{low[gap] - base[index]}:{high[gap] - base[index]}" for gap in gaps[:3].tolist()]
+        texts = []
+        for gap in missing[tensor[missing] == index][:_MOST_LISTED].tolist():
+            origin, row = base[of[gap]], int(model[of[gap]])
+            pad = tensors.width - int(tensors.ndim[index])
+            region = Region(
+                tuple(held.start[row, pad:].tolist()), tuple(held.stop[row, pad:].tolist())
+            )
+            whole = region == Region.whole(tensors.true_shape(index))
+            texts.append(
+                f"{low[gap] - origin}:{high[gap] - origin}" + f" of {region}" * (not whole)
+            )
         problems.append(
-            f"{tensors.names[index]!r} of shape {tensors.true_shape(index)}: gap: no rank holds "
-            f"elements {', '.join(texts)}"
+            (
+                index,
+                (
+                    f"{tensors.names[index]!r} of shape {tensors.true_shape(index)}: gap: no rank "
+                    f"holds elements {', '.join(texts)}"
+                ),
+            )
         )
-    first = low - base[tensor]
+    some = rows[pair_row]
+    first_of = low - base[of]
     return Segments(
         tensor,
-        np.zeros((len(tensor), tensors.shape.shape[1]), np.int64),
-        tensors.shape[tensor],
-        first,
+        held.start[model[of]],
+        held.stop[model[of]],
+        first_of,
         high - low,
         pair_segment,
-        items.rank[pair_row],
-        items.item[pair_row],
-        first[pair_segment] - begin[pair_row],
+        held.holders[some],
+        held.item[some],
+        first_of[pair_segment] - held.first[some],
     )
 
 
-def _box_segments(tensors: Tensors, items: Items, problems: list[str]) -> Segments:
-    """Merge equal boxes; runs among them are cut into boxes first."""
-    rows = np.arange(len(items.tensor))
-    runs = np.flatnonzero(items.kind == RUN)
-    plain = np.flatnonzero(items.kind == BOX)
+def _merged(tensors: Tensors, held: Occurrences, problems: list[tuple[int, str]]) -> Segments:
+    """Cut runs into boxes, and unite equal ones."""
+    size = (held.stop - held.start).prod(axis=1)
+    runs = np.flatnonzero((held.first > 0) | (held.last < size))
+    plain = np.flatnonzero((held.first == 0) & (held.last == size))
     run_of, run_start, run_stop = boxes_of_runs(
-        tensors.shape[items.tensor[runs]], items.start[runs, -1], items.stop[runs, -1]
+        (held.stop - held.start)[runs], held.first[runs], held.last[runs]
     )
-    row = np.concatenate([rows[plain], runs[run_of]])
-    start = np.concatenate([items.start[plain], run_start])
-    stop = np.concatenate([items.stop[plain], run_stop])
-    run_sizes = (run_stop - run_start).prod(axis=1)
-    ends = np.cumsum(run_sizes)
-    new_run = np.flatnonzero(np.diff(run_of, prepend=-1))
-    base = np.zeros(len(runs), np.int64)
-    base[run_of[new_run]] = (ends - run_sizes)[new_run]
-    source = np.concatenate([np.zeros(len(plain), np.int64), ends - run_sizes - base[run_of]])
-    tensor = items.tensor[row]
-    keys, which = np.unique(np.column_stack([tensor, start, stop]), axis=0, return_inverse=True)
-    which = which.reshape(-1)
-    width = start.shape[1]
-    segment_tensor = keys[:, 0]
-    segment_start, segment_stop = keys[:, 1 : 1 + width], keys[:, 1 + width :]
+    origin = held.start[runs[run_of]]
+    row = np.concatenate([plain, runs[run_of]])
+    start = np.concatenate([held.start[plain], run_start + origin])
+    stop = np.concatenate([held.stop[plain], run_stop + origin])
+    # The boxes of a run follow one another in it.
+    sizes = (run_stop - run_start).prod(axis=1)
+    before = np.cumsum(sizes) - sizes
+    begins = np.searchsorted(run_of, run_of)
+    source = np.concatenate([np.zeros(len(plain), np.int64), before - before[begins]])
+    tensor = held.tensor[row]
+    firsts, which = distinct_rows(np.column_stack([tensor, start, stop]))
+    segment_tensor, segment_start, segment_stop = tensor[firsts], start[firsts], stop[firsts]
     used, dense = np.unique(segment_tensor, return_inverse=True)
     faulty = used[wrong_covers(dense.reshape(-1), segment_start, segment_stop, tensors.shape[used])]
     for index in faulty.tolist():
-        ndim = int(tensors.ndim[index])
+        pad = tensors.width - int(tensors.ndim[index])
         mine = np.flatnonzero(segment_tensor == index)
+        mine = mine[np.lexsort((*segment_stop[mine].T[::-1], *segment_start[mine].T[::-1]))]
         boxes = [
             Region(tuple(a), tuple(b))
             for a, b in zip(
-                segment_start[mine, width - ndim :].tolist(),
-                segment_stop[mine, width - ndim :].tolist(),
-                strict=True,
+                segment_start[mine, pad:].tolist(), segment_stop[mine, pad:].tolist(), strict=True
             )
         ]
-        holders = [items.rank[row[which == segment]].tolist() for segment in mine.tolist()]
+        holders = [
+            sorted(
+                rank
+                for number in held.holders[row[which == segment]].tolist()
+                for rank in held.sets[number].tolist()
+            )
+            for segment in mine.tolist()
+        ]
         problems.append(
-            describe_faults(tensors.names[index], tensors.true_shape(index), boxes, holders)
+            (
+                index,
+                describe_faults(tensors.names[index], tensors.true_shape(index), boxes, holders),
+            )
         )
     return Segments(
         segment_tensor,
         segment_start,
         segment_stop,
-        np.zeros(len(keys), np.int64),
+        np.zeros(len(firsts), np.int64),
         (segment_stop - segment_start).prod(axis=1),
         which,
-        items.rank[row],
-        items.item[row],
+        held.holders[row],
+        held.item[row],
         source,
     )

@@ -7,27 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from distckpt.plan.columns import narrow
 from distckpt.plan.holdings import Holdings
 from distckpt.plan.read import Fragments
-from distckpt.plan.write import WritePart
-
-
-def _narrow(column: np.ndarray) -> np.ndarray:
-    """Use the smallest unsigned type that holds a column: most numbers are small."""
-    return column.astype(np.min_scalar_type(int(column.max()) if column.size else 0))
 
 
 def holdings_to_plain(held: Holdings) -> dict[str, object]:
     """Take apart what a rank holds or wants."""
-    return {
+    columns = {name: narrow(getattr(held, name)) for name in _TABLES}
+    return columns | {
         "names": "\0".join(held.names),
         "count": len(held.names),
-        "dtype": held.dtype,
-        "ndim": held.ndim,
-        "kind": held.kind,
-        "shape": _narrow(held.shape),
-        "start": _narrow(held.start),
-        "stop": _narrow(held.stop),
         "per_rank": list(held.per_rank),
     }
 
@@ -36,34 +26,17 @@ def holdings_from_plain(plain: Mapping[str, Any]) -> Holdings:
     """Put together what `holdings_to_plain` took apart."""
     return Holdings(
         tuple(plain["names"].split("\0")) if plain["count"] else (),
-        plain["dtype"],
-        plain["ndim"],
-        plain["kind"],
-        plain["shape"].astype(np.int64),
-        plain["start"].astype(np.int64),
-        plain["stop"].astype(np.int64),
-        tuple(plain["per_rank"]),
+        **{name: plain[name].astype(np.int64) for name in _TABLES},
+        per_rank=tuple(plain["per_rank"]),
     )
 
 
-def part_to_plain(part: WritePart) -> dict[str, object]:
-    """Take apart what one rank writes."""
-    columns = {name: _narrow(getattr(part, name)) for name in _PART_COLUMNS}
-    return columns | {"blob_file": part.blob_file}
-
-
-def part_from_plain(plain: Mapping[str, Any]) -> WritePart:
-    """Put together what `part_to_plain` took apart."""
-    columns = {name: plain[name].astype(np.int64) for name in _PART_COLUMNS}
-    return WritePart(**columns, blob_file=plain["blob_file"])
-
-
-_PART_COLUMNS = tuple(name for name in WritePart.__dataclass_fields__ if name != "blob_file")
+_TABLES = ("dtype", "ndim", "kind", "shape", "start", "stop", "first", "last")
 
 
 def fragments_to_plain(fragments: Fragments) -> dict[str, object]:
     """Take apart what one rank reads, sends and receives."""
-    return {name: _narrow(getattr(fragments, name)) for name in Fragments.__dataclass_fields__}
+    return {name: narrow(getattr(fragments, name)) for name in Fragments.__dataclass_fields__}
 
 
 def fragments_from_plain(plain: Mapping[str, Any]) -> Fragments:

@@ -8,12 +8,16 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
+from distckpt.bundle import Distinct
 from distckpt.errors import LayoutError
-from distckpt.layout import Layout
+from distckpt.layout import Grid, Layout
 from distckpt.manifest import order_in_file
-from distckpt.plan.balance import balance
-from distckpt.plan.holdings import Holdings
-from distckpt.plan.segments import Segments, Tensors, find_segments, merge
+from distckpt.plan.columns import distinct_lists, hash_rows
+from distckpt.plan.grids import LISTED_CELLS, GridFamily, file_grid, find_grids
+from distckpt.plan.merge import Tensors, Use, World, merge
+from distckpt.plan.parts import CheckTable, GridTable, PartTables, RowTable, parts_to_bytes
+from distckpt.plan.segments import Segments, expand, find_segments
+from distckpt.plan.share import Shares, share_out
 from distckpt.region import boxes_of_runs
 
 REPLICA_RULES = ("check", "rank0", "trust")
@@ -22,39 +26,6 @@ Replicas = str | Mapping[str, str]
 # safetensors refuses headers from 100 MB on; ours stay well below.
 _HEADER_LIMIT_BYTES = 48 << 20
 DEFAULT_SHARD_BYTES = 64 << 30
-# A cut closer than this to a tensor's end is moved there, so that no tiny fragments are made …
-_SNAP_BYTES = 64 << 10
-# … unless it is a larger part of a rank's bytes than this.
-_SNAP_FRACTION = 1 / 200
-
-
-@dataclass(frozen=True, slots=True)
-class WritePart:
-    """What one rank writes and checks; a row of a table is a box, in the order of the rank's files.
-
-    Attributes:
-        item: (boxes,) which of the rank's items.
-        source: (boxes,) first element in the item's C order; the box is a run of it.
-        start: (boxes, width) the box in the whole tensor.
-        stop: (boxes, width).
-        file: (boxes,) global number of the file.
-        check_item: (checks,) items of which a run must equal another rank's.
-        check_source: (checks,) first element of the run in the item's C order.
-        check_size: (checks,) its elements.
-        check: (checks,) number of the comparison; the same on all ranks that take part in it.
-        blob_file: Global number of the file for the per-rank values, or -1.
-    """
-
-    item: np.ndarray
-    source: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-    file: np.ndarray
-    check_item: np.ndarray
-    check_source: np.ndarray
-    check_size: np.ndarray
-    check: np.ndarray
-    blob_file: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +33,18 @@ class WritePlan:
     """A save, decided for all ranks; the static part of its manifest.
 
     Attributes:
-        names: Tensor names in the order of the state.
+        names: Tensor names: rank 0's in the order of its state, then the others, sorted.
         dtype: (tensors,) dtype codes.
         layout: (tensors,) index into layouts.
         layouts: Each distinct layout once.
         files: Number of shard files.
         file_rank: (files,) which rank writes each.
-        parts: What each rank does.
+        blob_file: (ranks,) the file of each rank's per-rank values, or -1.
         rank_bytes: (ranks,) bytes of tensors that each rank writes.
         per_rank: Names of the per-rank values.
-        check_tensor: (comparisons,) the tensor of each comparison of replicas.
+        check_first: (n,) the first comparison of each stretch of comparisons of one tensor.
+        check_tensor: (n,) that tensor.
+        tables: What the ranks are told.
     """
 
     names: tuple[str, ...]
@@ -80,25 +53,40 @@ class WritePlan:
     layouts: list[Layout]
     files: int
     file_rank: np.ndarray
-    parts: list[WritePart]
+    blob_file: np.ndarray
     rank_bytes: np.ndarray
     per_rank: tuple[str, ...]
+    check_first: np.ndarray
     check_tensor: np.ndarray
+    tables: PartTables
+
+    def tensor_of_check(self, check: int) -> str:
+        """Return the name of the tensor that a comparison is about."""
+        row = int(np.searchsorted(self.check_first, check, side="right")) - 1
+        return self.names[int(self.check_tensor[row])]
+
+    def parts(self) -> list[Distinct]:
+        """Return what each rank is told, in three columns; `part_from_bytes` reads it."""
+        return parts_to_bytes(self.tables)
 
 
 def plan_write(
-    holdings: Sequence[Holdings],
+    templates: Distinct,
+    owns: Distinct,
     *,
     replicas: Replicas = "check",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    listed_cells: int = LISTED_CELLS,
 ) -> WritePlan:
     """Decide who writes what.
 
     Args:
-        holdings: What each rank holds, by rank.
+        templates: Of the ranks' summaries.
+        owns: Of the ranks' summaries.
         replicas: ``"check"``, ``"rank0"`` or ``"trust"``, or a mapping of glob → one of these (the
             first that fits).
         max_shard_bytes: A rank's file is split before it exceeds this.
+        listed_cells: Of a regular tensor in more boxes than this, the boxes are not listed.
 
     Returns:
         The plan for all ranks.
@@ -107,15 +95,18 @@ def plan_write(
         LayoutError: Ranks that disagree on a tensor, and tensors that are not covered exactly once:
             all of them.
     """
-    ranks = len(holdings)
-    tensors, items = merge(holdings)
-    segments = find_segments(tensors, items)
-    rule = _rules(tensors.names, replicas)
-    segments = _keep_first_holder(segments, rule)
-    shares = _share_out(tensors, segments, ranks)
-    return _lay_out(
-        tensors, segments, shares, rule=rule, holdings=holdings, max_shard_bytes=max_shard_bytes
+    world = merge(templates, owns)
+    rule = _rules(world.tensors.names, replicas)
+    families, uses = find_grids(
+        world, one_holder=rule == REPLICA_RULES.index("rank0"), listed_cells=listed_cells
     )
+    plan = _plan(world, rule, families, uses, max_shard_bytes)
+    if plan is None:
+        # A rank's files would have to be split: no grid says where.
+        plan = _plan(world, rule, [], world.uses, max_shard_bytes)
+    if plan is None:
+        raise LayoutError("a plan without grids was refused for its grids")
+    return plan
 
 
 def _rules(names: Sequence[str], replicas: Replicas) -> np.ndarray:
@@ -135,11 +126,72 @@ def _rules(names: Sequence[str], replicas: Replicas) -> np.ndarray:
     return np.array([REPLICA_RULES.index(rule) for rule in rules], np.int64)
 
 
-def _keep_first_holder(segments: Segments, rule: np.ndarray) -> Segments:
+def _plan(
+    world: World,
+    rule: np.ndarray,
+    families: list[GridFamily],
+    uses: list[Use],
+    max_shard_bytes: int,
+) -> WritePlan | None:
+    """Plan; None if the families' ranks need more than one file."""
+    tensors = world.tensors
+    held = expand(world, uses)
+    known = [family.tensor for family in families] + [world.empty[:, 0]]
+    segments = find_segments(tensors, held, np.concatenate(known))
+    sets = list(held.sets)
+    segments = _add_empty(world, segments, sets)
+    told = _keep_first_holder(segments, sets, rule)
+    grid_bytes, grid_entries = _grid_loads(world, families)
+    shares = share_out(tensors, told, sets, grid_bytes)
+    return _lay_out(
+        world,
+        _Decided(segments, told, sets, shares, rule, families, grid_bytes, grid_entries),
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def _add_empty(world: World, segments: Segments, sets: list[np.ndarray]) -> Segments:
+    """Of a tensor without elements, the first rank that has it stores the whole (empty) box."""
+    tensor, rank, item = world.empty.T
+    count, offset = len(tensor), len(segments.tensor)
+    first_set = len(sets)
+    sets += [np.array([number]) for number in rank.tolist()]
+    none = np.zeros(count, np.int64)
+
+    def join(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+        return np.concatenate([old, new])
+
+    return Segments(
+        join(segments.tensor, tensor),
+        join(segments.start, np.zeros((count, world.tensors.width), np.int64)),
+        join(segments.stop, world.tensors.shape[tensor]),
+        join(segments.first, none),
+        join(segments.size, none),
+        join(segments.pair_segment, offset + np.arange(count)),
+        join(segments.pair_holders, first_set + np.arange(count)),
+        join(segments.pair_item, item),
+        join(segments.pair_source, none),
+    )
+
+
+def _keep_first_holder(segments: Segments, sets: list[np.ndarray], rule: np.ndarray) -> Segments:
     """Under "rank0", only the lowest rank that holds a segment counts."""
-    first = np.ones(len(segments.pair_segment), bool)
-    first[1:] = segments.pair_segment[1:] != segments.pair_segment[:-1]
-    keep = first | (rule[segments.tensor[segments.pair_segment]] != REPLICA_RULES.index("rank0"))
+    one = rule[segments.tensor[segments.pair_segment]] == REPLICA_RULES.index("rank0")
+    if not one.any():
+        return segments
+    lowest = np.array([found[0] for found in sets], np.int64)
+    rank = lowest[segments.pair_holders]
+    order = np.lexsort((rank, segments.pair_segment))
+    is_first = np.ones(len(order), bool)
+    is_first[1:] = np.diff(segments.pair_segment[order]) > 0
+    first = np.zeros(len(order), bool)
+    first[order] = is_first
+    keep = np.flatnonzero(~one | first)
+    alone = np.unique(rank[one & first])
+    place = len(sets) + np.arange(len(alone))
+    sets += [np.array([number]) for number in alone.tolist()]
+    holders = segments.pair_holders.copy()
+    holders[one & first] = place[np.searchsorted(alone, rank[one & first])]
     return Segments(
         segments.tensor,
         segments.start,
@@ -147,180 +199,110 @@ def _keep_first_holder(segments: Segments, rule: np.ndarray) -> Segments:
         segments.first,
         segments.size,
         segments.pair_segment[keep],
-        segments.pair_rank[keep],
+        holders[keep],
         segments.pair_item[keep],
         segments.pair_source[keep],
     )
 
 
+def _grid_loads(world: World, families: list[GridFamily]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the bytes that each rank stores of the families, and those of their entries."""
+    load = np.zeros(world.ranks, np.int64)
+    entries = np.zeros(world.ranks, np.int64)
+    for family in families:
+        for replica in np.unique(family.replica).tolist():
+            ranks = family.holders[:, replica]
+            mine = family.tensor[family.replica == replica]
+            load[ranks] += family.cell_bytes(world.tensors, of_replica=replica)
+            entries[ranks] += _entry_bytes(world.tensors)[mine].sum()
+    return load, entries
+
+
+def _entry_bytes(tensors: Tensors) -> np.ndarray:
+    """Estimate generously the JSON of an entry of each tensor in a shard file's header."""
+    name_bytes = np.array([len(name) for name in tensors.names], np.int64)
+    # Names may need escapes, numbers have up to 20 digits.
+    return 6 * name_bytes + 160 + 66 * tensors.ndim.astype(np.int64)
+
+
 @dataclass(frozen=True, slots=True)
-class Shares:
-    """Which rank stores which elements of which segment.
+class _Decided:
+    """What was decided before it is laid out in files.
 
     Attributes:
-        segment: (shares,) the segment.
-        rank: (shares,) who stores it.
-        begin: (shares,) its first element in the segment.
-        end: (shares,) one past its last.
+        segments: All, with all their holders.
+        told: With the holders that count.
+        sets: The sets of ranks.
+        shares: Who stores what of them.
+        rule: (tensors,) the replicas' rules.
+        families: The grids.
+        grid_bytes: (ranks,) bytes of the grids.
+        grid_entries: (ranks,) bytes of their entries in headers.
     """
 
-    segment: np.ndarray
-    rank: np.ndarray
-    begin: np.ndarray
-    end: np.ndarray
+    segments: Segments
+    told: Segments
+    sets: list[np.ndarray]
+    shares: Shares
+    rule: np.ndarray
+    families: list[GridFamily]
+    grid_bytes: np.ndarray
+    grid_entries: np.ndarray
 
 
-def _share_out(tensors: Tensors, segments: Segments, ranks: int) -> Shares:
-    """Share what several ranks hold out among them, so that all store the same number of bytes."""
-    size_bytes = segments.size * tensors.itemsize[segments.tensor]
-    first, holders = _groups(segments)
-    single = np.flatnonzero(np.diff(np.append(first, len(segments.pair_segment))) == 1)
-    load = np.zeros(ranks, np.int64)
-    np.add.at(load, segments.pair_rank[first[single]], size_bytes[single])
-    groups = [(np.array(group, np.int64), np.array(members)) for group, members in holders.items()]
-    shares = balance(load, [(group, int(size_bytes[members].sum())) for group, members in groups])
-    segment = [single]
-    rank = [segments.pair_rank[first[single]]]
-    begin = [np.zeros(len(single), np.int64)]
-    end = [segments.size[single]]
-    for (group, members), share in zip(groups, shares, strict=True):
-        pieces = _cut_line(
-            segments.size[members], tensors.itemsize[segments.tensor[members]], share
-        )
-        segment.append(members[pieces[0]])
-        rank.append(group[pieces[1]])
-        begin.append(pieces[2])
-        end.append(pieces[3])
-    return Shares(*(np.concatenate(column) for column in (segment, rank, begin, end)))
-
-
-def _groups(segments: Segments) -> tuple[np.ndarray, dict[tuple[int, ...], list[int]]]:
-    """Group the segments that several ranks hold.
-
-    Returns:
-        Each segment's first pair; and set of ranks, at least two → the segments that exactly they
-        hold.
-    """
-    count = len(segments.tensor)
-    first = np.searchsorted(segments.pair_segment, np.arange(count))
-    holders: dict[tuple[int, ...], list[int]] = {}
-    last = np.append(first, len(segments.pair_segment))[1:]
-    for index in np.flatnonzero(last - first > 1).tolist():
-        group = tuple(segments.pair_rank[first[index] : last[index]].tolist())
-        holders.setdefault(group, []).append(index)
-    return first, holders
-
-
-def _cut_line(
-    size: np.ndarray, itemsize: np.ndarray, share: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Lay segments end to end and cut the line into the shares.
-
-    Returns:
-        Columns: index of the segment, index of the share, first and last-plus-one element in the
-            segment.
-    """
-    ends = np.cumsum(size * itemsize)
-    starts = ends - size * itemsize
-    cuts = np.cumsum(share)[:-1]
-    at = np.minimum(np.searchsorted(ends, cuts, side="right"), len(ends) - 1)
-    into = np.maximum(cuts - starts[at], 0) // itemsize[at] * itemsize[at]
-    snap = np.minimum(_SNAP_BYTES, (share.mean() if len(share) else 0) * _SNAP_FRACTION)
-    to_end = ends[at] - starts[at] - into
-    into = np.where(into < snap, 0, np.where(to_end < snap, ends[at] - starts[at], into))
-    cuts = np.maximum.accumulate(starts[at] + into)
-    edges = np.unique(np.concatenate([[0], cuts, ends]))
-    low, high = edges[:-1], edges[1:]
-    segment = np.searchsorted(ends, low, side="right")
-    rank = np.searchsorted(cuts, low, side="right")
-    return (
-        segment,
-        rank,
-        (low - starts[segment]) // itemsize[segment],
-        (high - starts[segment]) // itemsize[segment],
-    )
-
-
-def _lay_out(
-    tensors: Tensors,
-    segments: Segments,
-    shares: Shares,
-    *,
-    rule: np.ndarray,
-    holdings: Sequence[Holdings],
-    max_shard_bytes: int,
-) -> WritePlan:
+def _lay_out(world: World, decided: _Decided, *, max_shard_bytes: int) -> WritePlan | None:
     """Turn shares into boxes, files, and each rank's part."""
-    ranks = len(holdings)
-    # The pair of each share: pairs are sorted by segment and rank.
-    pair_key = segments.pair_segment * ranks + segments.pair_rank
-    pair = np.searchsorted(pair_key, shares.segment * ranks + shares.rank)
-    item = segments.pair_item[pair]
-    source = segments.pair_source[pair] + shares.begin
-    # Whole boxes stay; the others, and runs, are runs of their parent box and are cut into boxes.
-    parent_start, parent_stop = segments.start[shares.segment], segments.stop[shares.segment]
-    low = segments.first[shares.segment] + shares.begin
-    high = segments.first[shares.segment] + shares.end
-    extent = parent_stop - parent_start
-    complete = (low == 0) & (high == extent.prod(axis=1))
-    cut = np.flatnonzero(~complete)
-    of, box_start, box_stop = boxes_of_runs(extent[cut], low[cut], high[cut])
-    share = np.concatenate([np.flatnonzero(complete), cut[of]])
-    start = np.concatenate([parent_start[complete], box_start + parent_start[cut[of]]])
-    stop = np.concatenate([parent_stop[complete], box_stop + parent_start[cut[of]]])
-    tensor = segments.tensor[shares.segment[share]]
-    order = np.lexsort((*start.T[::-1], tensor))
-    share, start, stop, tensor = share[order], start[order], stop[order], tensor[order]
-    rank = shares.rank[share]
-    # A box begins in its item's C order where its share does, plus the share's boxes before it.
-    size = (stop - start).prod(axis=1)
-    by_share = np.argsort(share, kind="stable")
-    before = np.cumsum(size[by_share]) - size[by_share]
-    first_of_share = np.searchsorted(share[by_share], share[by_share])
-    inside = np.empty(len(size), np.int64)
-    inside[by_share] = before - before[first_of_share]
-    box_source = source[share] + inside
-
-    itemsize = tensors.itemsize[tensor]
-    size_bytes = size * itemsize
-    in_file = order_in_file(rank, itemsize, tensor)
-    name_bytes = np.array([len(name) for name in tensors.names], np.int64)
-    # A generous estimate of the entry's JSON: names may need escapes, numbers have up to 20 digits.
-    entry_bytes = 6 * name_bytes[tensor] + 160 + 66 * tensors.ndim[tensor].astype(np.int64)
-    blobs = np.array([bool(held.per_rank) for held in holdings], bool)
+    tensors, ranks, told = world.tensors, world.ranks, decided.told
+    boxes = _boxes(told, decided.shares)
+    size_bytes = (boxes.stop - boxes.start).prod(axis=1) * tensors.itemsize[boxes.tensor]
+    in_file = order_in_file(boxes.rank, tensors.itemsize[boxes.tensor], boxes.tensor)
+    others = world.has_values | (decided.grid_entries > 0)
     file, file_rank = _files(
-        rank[in_file], size_bytes[in_file], entry_bytes[in_file], blobs, max_shard_bytes
+        boxes.rank[in_file],
+        size_bytes[in_file],
+        _entry_bytes(tensors)[boxes.tensor[in_file]],
+        others,
+        max_shard_bytes,
     )
+    rank_bytes = decided.grid_bytes.copy()
+    np.add.at(rank_bytes, boxes.rank, size_bytes)
+    if decided.families:
+        entries = decided.grid_entries.copy()
+        np.add.at(entries, boxes.rank, _entry_bytes(tensors)[boxes.tensor])
+        has_grid = decided.grid_entries > 0
+        if (
+            (np.bincount(file_rank, minlength=ranks)[has_grid] > 1).any()
+            or (rank_bytes[has_grid] > max_shard_bytes).any()
+            or (entries[has_grid] > _HEADER_LIMIT_BYTES).any()
+        ):
+            return None
     box_file = np.empty(len(file), np.int64)
     box_file[in_file] = file
-
-    layout, layouts = _layouts(tensors, tensor, start, stop, box_file)
-    checks = _checks(segments, rule)
-    rank_edges = np.searchsorted(rank[in_file], np.arange(ranks + 1))
-    check_order = np.argsort(segments.pair_rank[checks[0]], kind="stable")
-    check_pair, check_number = checks[0][check_order], checks[1][check_order]
-    check_edges = np.searchsorted(segments.pair_rank[check_pair], np.arange(ranks + 1))
     last_file = np.searchsorted(file_rank, np.arange(ranks), side="right") - 1
-    parts = []
-    for number in range(ranks):
-        rows = in_file[rank_edges[number] : rank_edges[number + 1]]
-        pairs = check_pair[check_edges[number] : check_edges[number + 1]]
-        parts.append(
-            WritePart(
-                item[share[rows]],
-                box_source[rows],
-                start[rows],
-                stop[rows],
-                box_file[rows],
-                segments.pair_item[pairs],
-                segments.pair_source[pairs],
-                segments.size[segments.pair_segment[pairs]],
-                check_number[check_edges[number] : check_edges[number + 1]],
-                int(last_file[number]) if blobs[number] else -1,
-            )
-        )
-    rank_bytes = np.zeros(ranks, np.int64)
-    np.add.at(rank_bytes, rank, size_bytes)
+    layout, layouts = _layouts(tensors, boxes, box_file)
+    _grid_layouts(tensors, decided.families, last_file, layout, layouts)
+    layout, layouts = _in_order(layout, layouts)
+    checks, check_first, check_tensor, grid_checks = _checks(decided)
+    rows = RowTable(
+        boxes.rank[in_file],
+        boxes.item[in_file],
+        boxes.tensor[in_file],
+        boxes.source[in_file],
+        boxes.start[in_file],
+        boxes.stop[in_file],
+        file,
+    )
+    blob_file = np.where(world.has_values, last_file, -1)
+    tables = PartTables(
+        world.template,
+        world.templates,
+        rows,
+        checks,
+        GridTable(decided.families, grid_checks),
+        blob_file,
+        np.where(decided.grid_entries > 0, last_file, -1),
+        decided.sets,
+    )
     return WritePlan(
         tensors.names,
         tensors.dtype,
@@ -328,10 +310,56 @@ def _lay_out(
         layouts,
         len(file_rank),
         file_rank,
-        parts,
+        blob_file,
         rank_bytes,
-        tuple(dict.fromkeys(name for held in holdings for name in held.per_rank)),
-        checks[2],
+        world.per_rank,
+        check_first,
+        check_tensor,
+        tables,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Boxes:
+    """Boxes to be stored, in the order of tensor and start; columns as in `RowTable`."""
+
+    tensor: np.ndarray
+    rank: np.ndarray
+    item: np.ndarray
+    source: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+
+def _boxes(told: Segments, shares: Shares) -> _Boxes:
+    item = told.pair_item[shares.pair]
+    source = told.pair_source[shares.pair] + shares.begin
+    # Whole boxes stay; the others, and runs, are runs of their box and are cut into boxes.
+    parent_start, parent_stop = told.start[shares.segment], told.stop[shares.segment]
+    low = told.first[shares.segment] + shares.begin
+    high = told.first[shares.segment] + shares.end
+    extent = parent_stop - parent_start
+    complete = (low == 0) & (high == extent.prod(axis=1))
+    cut = np.flatnonzero(~complete)
+    of, box_start, box_stop = boxes_of_runs(extent[cut], low[cut], high[cut])
+    share = np.concatenate([np.flatnonzero(complete), cut[of]])
+    start = np.concatenate([parent_start[complete], box_start + parent_start[cut[of]]])
+    stop = np.concatenate([parent_stop[complete], box_stop + parent_start[cut[of]]])
+    # A box begins in its item's C order where its share does, plus the share's boxes before it.
+    sizes = (box_stop - box_start).prod(axis=1)
+    before = np.cumsum(sizes) - sizes
+    inside = before - before[np.searchsorted(of, of)]
+    inside = np.concatenate([np.zeros(len(share) - len(of), np.int64), inside])
+    tensor = told.tensor[shares.segment[share]]
+    order = np.lexsort((*start.T[::-1], tensor))
+    share = share[order]
+    return _Boxes(
+        tensor[order],
+        shares.rank[share],
+        item[share],
+        source[share] + inside[order],
+        start[order],
+        stop[order],
     )
 
 
@@ -339,12 +367,13 @@ def _files(
     rank: np.ndarray,
     size_bytes: np.ndarray,
     entry_bytes: np.ndarray,
-    blobs: np.ndarray,
+    others: np.ndarray,
     max_shard_bytes: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Number the files: one a rank that has anything to write, more where one would grow too large.
 
-    The boxes come in the order in which they lie in the files.
+    The boxes come in the order in which they lie in the files; *others* says which ranks have
+    something to write besides.
 
     Returns:
         Each box's file, and each file's rank.
@@ -353,59 +382,137 @@ def _files(
     new[:1] = True
     new[1:] = rank[1:] != rank[:-1]
     size_total, entry_total = np.cumsum(size_bytes), np.cumsum(entry_bytes)
-    begin = 0
-    while begin < len(rank):  # once a file
-        size_before = size_total[begin] - size_bytes[begin]
-        entry_before = entry_total[begin] - entry_bytes[begin]
-        end = min(
-            int(np.searchsorted(rank, rank[begin], side="right")),
-            int(np.searchsorted(size_total, size_before + max_shard_bytes, side="right")),
-            int(np.searchsorted(entry_total, entry_before + _HEADER_LIMIT_BYTES, side="right")),
-        )
-        begin = max(end, begin + 1)  # a box larger than the limit still has to go somewhere
-        if begin < len(rank):
-            new[begin] = True
+    begins = np.flatnonzero(new)
+    ends = np.append(begins, len(rank))[1:]
+    # Nearly always none: only the ranks whose boxes don't fit into one file are looked at.
+    whole = size_total[ends - 1] - size_total[begins] + size_bytes[begins]
+    entries = entry_total[ends - 1] - entry_total[begins] + entry_bytes[begins]
+    large = np.flatnonzero((whole > max_shard_bytes) | (entries > _HEADER_LIMIT_BYTES))
+    for begin, stop in zip(begins[large].tolist(), ends[large].tolist(), strict=True):
+        at = begin
+        while at < stop:  # once a file
+            size_before = size_total[at] - size_bytes[at]
+            entry_before = entry_total[at] - entry_bytes[at]
+            end = min(
+                stop,
+                int(np.searchsorted(size_total, size_before + max_shard_bytes, side="right")),
+                int(np.searchsorted(entry_total, entry_before + _HEADER_LIMIT_BYTES, side="right")),
+            )
+            at = max(end, at + 1)  # a box larger than the limit still has to go somewhere
+            if at < stop:
+                new[at] = True
     ranks_of_files = rank[new]
     file_rank = np.sort(
-        np.concatenate([ranks_of_files, np.setdiff1d(np.flatnonzero(blobs), ranks_of_files)])
+        np.concatenate([ranks_of_files, np.setdiff1d(np.flatnonzero(others), ranks_of_files)])
     )
     number = np.flatnonzero(np.isin(file_rank, ranks_of_files))
     return number[np.cumsum(new) - 1], file_rank
 
 
-def _layouts(
-    tensors: Tensors, tensor: np.ndarray, start: np.ndarray, stop: np.ndarray, file: np.ndarray
-) -> tuple[np.ndarray, list[Layout]]:
-    """Make each tensor's layout, each distinct one once."""
-    edges = np.searchsorted(tensor, np.arange(len(tensors.names) + 1))
-    width = start.shape[1]
-    index = np.empty(len(tensors.names), np.int64)
-    layouts: list[Layout] = []
-    known: dict[tuple[object, ...], int] = {}
-    ndims = tensors.ndim.tolist()
-    for number in range(len(tensors.names)):
+def _layouts(tensors: Tensors, boxes: _Boxes, file: np.ndarray) -> tuple[np.ndarray, list[Layout]]:
+    """Make the layouts of the tensors that have boxes, each distinct one once."""
+    index = np.full(len(tensors.names), -1)
+    used, begins = np.unique(boxes.tensor, return_index=True)
+    edges = np.append(begins, len(boxes.tensor))
+    count = np.repeat(used, np.diff(edges))
+    content = np.column_stack(
+        [tensors.shape[count], tensors.ndim[count], boxes.start, boxes.stop, file]
+    )
+    firsts, kind = distinct_lists(hash_rows(content).view(np.int64), edges)
+    # What the hashes say is verified: by the rows themselves.
+    model = np.repeat(edges[firsts][kind] - edges[:-1], np.diff(edges)) + np.arange(len(content))
+    if not np.array_equal(content[model], content):
+        firsts, kind = np.arange(len(used)), np.arange(len(used))
+    index[used] = kind
+    layouts = []
+    for number in firsts.tolist():
         rows = slice(edges[number], edges[number + 1])
-        pad = width - ndims[number]
-        shape = tensors.true_shape(number)
-        low, high = start[rows, pad:], stop[rows, pad:]
-        key = (shape, low.tobytes(), high.tobytes(), file[rows].tobytes())
-        if key not in known:
-            known[key] = len(layouts)
-            layouts.append(Layout(shape, low.copy(), high.copy(), file[rows].copy()))
-        index[number] = known[key]
+        tensor = int(used[number])
+        pad = tensors.width - int(tensors.ndim[tensor])
+        layouts.append(
+            Layout(
+                tensors.true_shape(tensor),
+                boxes.start[rows, pad:].copy(),
+                boxes.stop[rows, pad:].copy(),
+                file[rows].copy(),
+            )
+        )
     return index, layouts
 
 
-def _checks(segments: Segments, rule: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _grid_layouts(
+    tensors: Tensors,
+    families: Sequence[GridFamily],
+    file_of_rank: np.ndarray,
+    layout: np.ndarray,
+    layouts: list[Layout],
+) -> None:
+    """Add the layouts of the families' tensors; *layout* takes their numbers."""
+    for family in families:
+        known: dict[tuple[object, ...], int] = {}
+        for tensor, replica in zip(family.tensor.tolist(), family.replica.tolist(), strict=True):
+            shape = tensors.true_shape(tensor)
+            if (shape, replica) not in known:
+                known[shape, replica] = len(layouts)
+                files = file_of_rank[family.holders[:, replica]]
+                layouts.append(_grid_layout(family, shape, files, tensors.width - len(shape)))
+            layout[tensor] = known[shape, replica]
+
+
+def _in_order(layout: np.ndarray, layouts: list[Layout]) -> tuple[np.ndarray, list[Layout]]:
+    """Number the layouts in the order of the tensors that use them."""
+    found, first = np.unique(layout, return_index=True)
+    found = found[np.argsort(first)]
+    place = np.empty(len(layouts), np.int64)
+    place[found] = np.arange(len(found))
+    return place[layout], [layouts[number] for number in found.tolist()]
+
+
+def _grid_layout(family: GridFamily, shape: tuple[int, ...], files: np.ndarray, pad: int) -> Layout:
+    parts, rule, stride = [1] * len(shape), [0] * len(shape), [0] * len(shape)
+    affine = file_grid(files, family.parts)
+    for place, dim in enumerate(family.dims):
+        parts[dim - pad] = family.parts[place]
+        rule[dim - pad] = family.rule[place]
+        stride[dim - pad] = affine[1][place] if affine is not None else 0
+    base = affine[0] if affine is not None else 0
+    found = Layout.of_grid(shape, Grid(tuple(parts), tuple(rule), base, tuple(stride)))
+    return found if affine is not None else Layout(shape, found.start, found.stop, files)
+
+
+def _checks(
+    decided: _Decided,
+) -> tuple[CheckTable, np.ndarray, np.ndarray, list[np.ndarray]]:
     """List what must be compared.
 
     Returns:
-        The pairs that take part, the number of each one's comparison, and each comparison's tensor.
+        The pairs that take part; the first number of each tensor's stretch of comparisons, and the
+        tensor; and for each family the number of each tensor's first one, or -1.
     """
-    held = np.bincount(segments.pair_segment, minlength=len(segments.tensor))
-    checked = (
-        (held > 1) & (rule[segments.tensor] == REPLICA_RULES.index("check")) & (segments.size > 0)
-    )
+    segments, rule = decided.segments, decided.rule
+    members = np.array([len(found) for found in decided.sets], np.int64)
+    held = np.zeros(len(segments.tensor), np.int64)
+    np.add.at(held, segments.pair_segment, members[segments.pair_holders])
+    check = REPLICA_RULES.index("check")
+    checked = (held > 1) & (rule[segments.tensor] == check) & (segments.size > 0)
     number = np.cumsum(checked) - 1
     pairs = np.flatnonzero(checked[segments.pair_segment])
-    return pairs, number[segments.pair_segment[pairs]], segments.tensor[checked]
+    of = segments.pair_segment[pairs]
+    table = CheckTable(
+        segments.pair_holders[pairs],
+        segments.pair_item[pairs],
+        segments.pair_source[pairs],
+        segments.size[of],
+        number[of],
+    )
+    count = int(checked.sum())
+    firsts, tensors, bases = [np.arange(count)], [segments.tensor[checked]], []
+    for family in decided.families:
+        cells, replicas = family.holders.shape
+        compared = (rule[family.tensor] == check) & (replicas > 1)
+        base = count + cells * (np.cumsum(compared) - 1)
+        firsts.append(base[compared])
+        tensors.append(family.tensor[compared])
+        bases.append(np.where(compared, base, -1))
+        count += cells * int(compared.sum())
+    return table, np.concatenate(firsts), np.concatenate(tensors), bases
