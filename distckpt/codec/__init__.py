@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from distckpt.codec.envelope import unwrap, wrap
 from distckpt.codec.manifest import decode, encode
-from distckpt.codec.plain import decode_value, encode_value, pack, unpack
+from distckpt.codec.plain import checked_dict, decode_value, encode_value, pack, unpack
 
-__all__ = ["decode", "decode_value", "encode", "encode_value", "pack", "unpack", "unwrap", "wrap"]
+__all__ = [
+    "checked_dict",
+    "decode",
+    "decode_value",
+    "encode",
+    "encode_value",
+    "pack",
+    "unpack",
+    "unwrap",
+    "wrap",
+]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from distckpt.state import MAX_DIMENSIONS
 
 # protobuf refuses messages nested deeper than 100, and a list or a dict is two of them.
 MAX_DEPTH = 40
+# Keys of a dict that may have one hash; 1, 1.0 and True do, and -1 and -2.
+_MOST_ALIKE = 64
 
 
 def pack(value: object) -> bytes:
@@ -162,19 +165,34 @@ class _Arrays:
         entry = dtypes.BY_CODE.get(array.dtype)
         if entry is None:
             raise CorruptCheckpoint(f"an array of unknown dtype code {array.dtype}")
-        size = math.prod(array.shape)
+        shape = tuple(array.shape[: MAX_DIMENSIONS + 1])  # to multiply a million takes for ever
+        size = math.prod(shape)
         end = array.offset + size * entry.itemsize
         self._left -= size * entry.itemsize
-        if end > len(self._data) or self._left < 0 or len(array.shape) > MAX_DIMENSIONS:
+        if end > len(self._data) or self._left < 0 or len(shape) > MAX_DIMENSIONS:
             raise CorruptCheckpoint(
-                f"an array of shape {tuple(array.shape)} ends at byte {end} of {len(self._data)}, "
-                "or lies upon another"
+                f"an array of shape {shape} ends at byte {end} of {len(self._data)}, or lies upon "
+                "another"
             )
         if not size:
-            return np.empty(tuple(array.shape), entry.numpy)
+            return np.empty(shape, entry.numpy)
         flat = np.frombuffer(self._data, entry.numpy, size, array.offset)
-        found = flat.reshape(tuple(array.shape))
+        found = flat.reshape(shape)
         return found.copy() if self._copy else found
+
+
+def checked_dict(keys: Sequence[Any], items: Sequence[Any]) -> dict[Any, Any]:
+    """Make a dict of what comes from a file.
+
+    Raises:
+        CorruptCheckpoint: Many keys have one hash, so that each would be compared with all: texts
+            are hashed with a secret, but numbers and tuples that collide can be computed.
+        TypeError: A key that can't be one.
+    """
+    alike = Counter(map(hash, keys))
+    if alike and max(alike.values()) > _MOST_ALIKE:
+        raise CorruptCheckpoint("a dict whose keys collide, as no honest ones do")
+    return dict(zip(keys, items, strict=True))
 
 
 def from_value(value: Any, arrays: _Arrays | None = None) -> Any:
@@ -202,10 +220,8 @@ def from_value(value: Any, arrays: _Arrays | None = None) -> Any:
     if kind == "dict":
         if len(content.key) != len(content.item):
             raise CorruptCheckpoint("a dict with unequal numbers of keys and items")
-        return {
-            from_value(key): from_value(item, arrays)
-            for key, item in zip(content.key, content.item, strict=True)
-        }
+        keys = [from_value(key) for key in content.key]
+        return checked_dict(keys, [from_value(item, arrays) for item in content.item])
     if kind == "array":
         if arrays is None:
             raise CorruptCheckpoint("an array where only plain values can be")

@@ -80,6 +80,10 @@ def decode_strategy(data: bytes, *, path: str = "") -> StrategyFile:
             "name that ends with .json",
             path=path,
         ) from exc
+    names = [item.param_name for item in message.parallel_layout_item]
+    names += [item.node_name for item in message.parallel_strategy_item]
+    if not all(isinstance(name, str) for name in names):  # protobuf hands out what isn't as bytes
+        raise CorruptCheckpoint(f"{path}: a name that isn't UTF-8", path=path)
     parameters: dict[str, ParameterStrategy] = {}
     for item in message.parallel_layout_item:
         found = item.parallel_layouts
@@ -150,7 +154,7 @@ def decode_json_strategy(data: bytes, *, path: str = "") -> StrategyFile:
         CorruptCheckpoint: It is none.
     """
     try:
-        content = json.loads(data)
+        content = json.loads(data.decode())
     except (ValueError, RecursionError) as exc:
         raise CorruptCheckpoint(f"{path}: not JSON: {exc}", path=path) from exc
     reader = _JsonReader(path)

@@ -12,7 +12,7 @@ from distckpt.errors import StoreError, UnsupportedFormat
 from distckpt.foreign import ForeignStore
 from distckpt.formats.base import Format, Place
 from distckpt.manifest import MANIFEST_NAME
-from distckpt.store import Store, open_store
+from distckpt.store import Store, open_store, parallel_bytes
 
 OURS = "distckpt"
 
@@ -96,7 +96,9 @@ def locate(
     for form in candidates:
         if format is not None or form.sniff(place):
             given = checked_options(form.name, form.open, options)
-            return ForeignStore(form.open(place, **given), place.url, form.name)
+            source = form.open(place, **given)
+            at_once = parallel_bytes(place.parent)
+            return ForeignStore(source, place.url, form.name, parallel_bytes=at_once)
     if place.is_file():
         raise UnsupportedFormat(
             f"{place.url}: expected a checkpoint, which is a folder, or a file of another format "

@@ -18,12 +18,18 @@ from distckpt.errors import (
     CorruptCheckpoint,
     StoreError,
     UnsupportedFormat,
+    without_secrets,
 )
 from distckpt.foreign import Source
 from distckpt.region import Region
 from distckpt.store import LocalStore, Sink, Store, open_store
 
+# How many times its own length the tensors of a compressed file may have, unless its reader is told
+# otherwise: those of an honest file seldom reach 10, those of a bomb a thousand.
+MAX_EXPANSION = 64
+
 _COPY_BYTES = 4 << 20
+_FREE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +37,7 @@ class Place:
     """A file, or a folder of files, in a store.
 
     Attributes:
-        url: As the user gave it.
+        url: As the user gave it, without what may be secret in it.
         parent: The folder that it lies in.
         name: Its name there.
     """
@@ -56,7 +62,8 @@ class Place:
         parent, _, name = text.rpartition("/")
         if not name or parent.endswith(":/"):
             raise StoreError(f"{os.fspath(url)}: expected a file or a folder in a store", url=text)
-        return cls(text, open_store(parent or "/", storage_options=storage_options), name)
+        store = open_store(parent or "/", storage_options=storage_options)
+        return cls(without_secrets(text), store, name)
 
     def is_file(self) -> bool:
         """Whether it is one object; False where there is nothing, or a folder."""
@@ -81,14 +88,20 @@ class Place:
         return self.parent.size(self.name)
 
     def read(self, start_byte: int, stop_byte: int) -> bytes:
-        """Read a range; check that it lies in the file before asking for much.
+        """Read a range.
+
+        Memory is taken as the bytes come, for a server can say of a file that it has any length.
 
         Raises:
             CorruptCheckpoint: The file ends before.
         """
-        buffer = bytearray(stop_byte - start_byte)
-        self.read_into(start_byte, memoryview(buffer))
-        return bytes(buffer)
+        found = bytearray()
+        while len(found) < stop_byte - start_byte:
+            at = start_byte + len(found)
+            step = bytearray(min(stop_byte - at, max(_COPY_BYTES, len(found))))
+            self.read_into(at, memoryview(step))
+            found += step
+        return bytes(found)
 
     def read_into(self, start_byte: int, buffer: memoryview) -> None:
         """Fill a buffer.
@@ -332,6 +345,26 @@ def write_file(
                 temporary.delete()
 
     return Writing([part], [length_bytes], commit, abort)
+
+
+def check_expansion(place: Place, tensor_bytes: int, limit: float) -> None:
+    """Refuse a compressed file whose tensors are far larger than it is.
+
+    Args:
+        place: The file.
+        tensor_bytes: What they claim in all.
+        limit: How many times the file's length that may be, and 1 MiB more.
+
+    Raises:
+        UnsupportedFormat: They are larger.
+    """
+    held = place.size()
+    if tensor_bytes > limit * (held + _FREE_BYTES):
+        raise UnsupportedFormat(
+            f"{place.url}: {tensor_bytes} bytes of tensors are compressed to {held}: it may be a "
+            f"bomb. At most {limit:g} times the file's length is read; if you trust it, pass "
+            f"options={{'max_expansion': {tensor_bytes // (held + _FREE_BYTES) + 1}}}"
+        )
 
 
 def library(name: str, *, extra: str, format: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import reprlib
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -16,26 +15,22 @@ from distckpt.foreign import Contents, ForeignTensor
 from distckpt.formats import torch_pickle
 from distckpt.formats.base import Place
 from distckpt.formats.torch import sorted_out
-from distckpt.formats.torch_pickle import Other, Stored
+from distckpt.formats.torch_pickle import Fields, Other, Stored, shown
 from distckpt.formats.torch_zip import Archive
 from distckpt.region import Region
 from distckpt.state import MAX_DIMENSIONS, MAX_TENSOR_BYTES
 
 METADATA = ".metadata"
+_ENDING = ".distcp"
 _OPEN_ARCHIVES = 16
 
 
-class _Fields:
+class _Fields(Fields):
     """What a dataclass in the metadata holds."""
-
-    state: object = None
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state
 
     def get(self, name: str) -> Any:
         if not isinstance(self.state, Mapping):
-            raise TypeError(f"a {type(self).__name__} of {reprlib.repr(self.state)}")
+            raise TypeError(f"a {type(self).__name__} of {shown(self.state)}")
         return self.state.get(name)
 
 
@@ -75,11 +70,11 @@ _CLASSES: dict[tuple[str, str], Any] = {
     # Where they were until torch 2.2.
     ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): _Properties,
     ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"): lambda *_: None,
-    # The folder's path when it was saved.
-    ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),
-    ("pathlib", "WindowsPath"): lambda *parts: "/".join(parts),
-    ("pathlib._local", "PosixPath"): lambda *parts: "/".join(parts),
-    ("pathlib._local", "WindowsPath"): lambda *parts: "/".join(parts),
+    # The folder's path when it was saved, which is of no use.
+    ("pathlib", "PosixPath"): lambda *_: None,
+    ("pathlib", "WindowsPath"): lambda *_: None,
+    ("pathlib._local", "PosixPath"): lambda *_: None,
+    ("pathlib._local", "WindowsPath"): lambda *_: None,
 }
 
 
@@ -156,7 +151,7 @@ class DcpSource:
         others: list[tuple[str, object]] = []
         for name, kind in metadata.get("state_dict_metadata").items():
             if not isinstance(name, str):
-                raise TypeError(f"a name {reprlib.repr(name)}")
+                raise TypeError(f"a name {shown(name)}")
             if isinstance(kind, _OfTensor):
                 described, where = self._tensor(name, kind, parts)
                 tensors.append(described)
@@ -178,11 +173,11 @@ class DcpSource:
     def _below(self, name: str, part: _Part) -> Iterator[tuple[str, object]]:
         """Yield the plain values of an entry that is no tensor."""
         archive = Archive(self._place.entry(part.file), part.start_byte, part.stop_byte)
-        limit = 4 * archive.pickle_bytes + 1000
-        for below, leaf in torch_pickle.leaves(archive.root, f"{self._where}: {name!r}", limit):
+        where = f"{self._where}: {name[:200]!r}"
+        for below, leaf in torch_pickle.leaves(archive.root, where, archive.pickle_bytes, name):
             if isinstance(leaf, (Stored, torch_pickle.Refused)):
                 raise UnsupportedFormat("tensors inside of a pickled object")
-            yield f"{name}.{below}" if below else name, leaf
+            yield below, leaf
 
     def _located(self, storage: object) -> dict[tuple[str, tuple[int, ...] | None], _Part]:
         """Index where everything lies: (name, offset of the piece) → place."""
@@ -194,18 +189,22 @@ class DcpSource:
             if not isinstance(index, _Index) or not isinstance(info, _Info):
                 raise TypeError(f"storage_data of {type(index).__name__}: {type(info).__name__}")
             name, offset = index.get("fqn"), index.get("offset")
-            file, start = info.get("relative_path"), info.get("offset")
-            stop = start + info.get("length")
+            file, start, length = (
+                info.get(field) for field in ("relative_path", "offset", "length")
+            )
+            if not isinstance(name, str):
+                raise TypeError(f"a name {shown(name)}")
+            if type(start) is not int or type(length) is not int:
+                raise TypeError(f"{name!r} at {shown(start)}, of {shown(length)} bytes")
             if info.get("transform_descriptors"):
                 raise UnsupportedFormat(
                     f"{self._where}: {name!r} was transformed by "
-                    f"{', '.join(info.get('transform_descriptors'))}; save it without extensions"
+                    f"{shown(info.get('transform_descriptors'))}; save it without extensions"
                 )
-            if not isinstance(name, str):
-                raise TypeError(f"a name {reprlib.repr(name)}")
             if not isinstance(file, str) or file not in sizes:
                 sizes[file] = self._size(file)
-            if not (isinstance(start, int) and 0 <= start <= stop <= sizes[file]):
+            stop = start + length
+            if not 0 <= start <= stop <= sizes[file]:
                 raise self._corrupt(
                     f"{name!r} lies in bytes {start}:{stop} of {file}, which has {sizes[file]}; "
                     "copy the folder again"
@@ -223,7 +222,7 @@ class DcpSource:
         steps = file.split("/") if isinstance(file, str) else [".."]
         if not isinstance(file, str) or "\\" in file or {"", ".", ".."} & {*steps} or ":" in file:
             raise self._corrupt(
-                f"{reprlib.repr(file)} is no file of this folder; nothing outside it is read"
+                f"{shown(file)} is no file of this folder; nothing outside it is read"
             )
         try:
             return self._place.entry(file).size()
@@ -243,8 +242,12 @@ class DcpSource:
         if 0 in shape:
             return ForeignTensor(name, shape, entry), []
         boxes, where = [], []
+        seen: set[tuple[int, ...]] = set()
         for chunk in kind.get("chunks"):
             start, extents = _extents(chunk.get("offsets")), _extents(chunk.get("sizes"))
+            if start in seen:  # one chunk can stand there a million times, for each tensor
+                raise self._corrupt(f"two pieces of {name!r} begin at {list(start)}")
+            seen.add(start)
             stop = tuple(a + n for a, n in zip(start, extents, strict=True))
             if any(b > n for b, n in zip(stop, shape, strict=True)):
                 raise self._corrupt(
@@ -290,8 +293,9 @@ def files_named(place: Place) -> set[str]:
     """Name the files of a checkpoint that is about to be replaced; none if it can't be read."""
     with suppress(CheckpointError, FileNotFoundError, AttributeError, TypeError):
         infos = _read_metadata(place).get("storage_data").values()
-        names = {info.get("relative_path") for info in infos}
-        return {name for name in names if isinstance(name, str)} & {*place.entries()}
+        names = [info.get("relative_path") for info in infos]
+        ours = {name for name in names if isinstance(name, str) and name.endswith(_ENDING)}
+        return ours & {*place.entries()}
     return set()
 
 
@@ -299,13 +303,13 @@ def _dtype_name(properties: _Properties) -> str:
     state = properties.state
     dtype = state.get("dtype") if isinstance(state, Mapping) else state[0]  # type: ignore[index]
     if not isinstance(dtype, torch_pickle.Named):
-        raise TypeError(f"a dtype {reprlib.repr(dtype)}")
+        raise TypeError(f"a dtype {shown(dtype)}")
     return dtype.name
 
 
 def _extents(sizes: Any) -> tuple[int, ...]:
     if not isinstance(sizes, tuple) or len(sizes) > MAX_DIMENSIONS:
-        raise TypeError(f"extents {reprlib.repr(sizes)}")
+        raise TypeError(f"extents {shown(sizes)}")
     if not all(type(extent) is int and 0 <= extent <= MAX_TENSOR_BYTES for extent in sizes):
-        raise ValueError(f"extents {reprlib.repr(sizes)}")
+        raise ValueError(f"extents {shown(sizes)}")
     return sizes

@@ -5,8 +5,10 @@ A tensor's name is its dataset's path with dots: ``layers/dense/vars/0`` is ``la
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,11 +21,13 @@ from distckpt import dtypes
 from distckpt.errors import CheckpointError, CorruptCheckpoint, StoreError, UnsupportedFormat
 from distckpt.foreign import Contents, ForeignTensor, tensor_bytes
 from distckpt.formats.base import (
+    MAX_EXPANSION,
     Place,
     Readable,
     Wanted,
     Writing,
     already_there,
+    check_expansion,
     library,
     refuse,
 )
@@ -33,6 +37,12 @@ from distckpt.state import MAX_DIMENSIONS, MAX_NAME_BYTES, MAX_TENSOR_BYTES
 
 _MAGIC = b"\x89HDF\r\n\x1a\n"
 _COPY_BYTES = 16 << 20
+# By HDF5's numbers: filters that make data smaller, of which one is enough (two make a bomb of a
+# thousand times a thousand), and others. One that is not known would be looked for as a plug-in.
+_DEFLATE = 1
+_COMPRESSION = {_DEFLATE: "deflate", 4: "szip", 32000: "lzf"}
+_OTHER_FILTERS = {2: "shuffle", 3: "fletcher32", 5: "nbit", 6: "scaleoffset"}
+_CHECKSUM_BYTES = 4
 # Deflate makes nothing smaller than 1:1032.
 _BEST_RATIO = 1100
 # Keras writes bfloat16 as opaque bytes with this attribute; HDF5 has no such type.
@@ -41,7 +51,11 @@ _OPAQUE = frozenset({"bfloat16"})
 
 
 class KerasFormat:
-    """HDF5 files of weights. Attributes are not read, but for the dtype of bfloat16 datasets."""
+    """HDF5 files of weights. Attributes are not read, but for the dtype of bfloat16 datasets.
+
+    Options for opening:
+        max_expansion: How many times the file's length compressed datasets may have.
+    """
 
     name = "keras"
     suffixes: tuple[str, ...] = (".weights.h5", ".h5", ".hdf5")
@@ -50,9 +64,9 @@ class KerasFormat:
         """See `Format`."""
         return place.head(len(_MAGIC)) == _MAGIC
 
-    def open(self, place: Place) -> KerasSource:
-        """See `Format`; there are no options."""
-        return KerasSource(place)
+    def open(self, place: Place, *, max_expansion: float = MAX_EXPANSION) -> KerasSource:
+        """See `Format`."""
+        return KerasSource(place, max_expansion)
 
     def write(self, place: Place, wanted: Wanted) -> Writing:
         """See `Format`; there are no options.
@@ -64,14 +78,15 @@ class KerasFormat:
         refuse(_problems(wanted), self.name)
         if place.entries() or (not wanted.replace and place.is_file()):
             raise already_there(place)
-        place.local().parent.mkdir(parents=True, exist_ok=True)
         temporary = place.beside(f"{place.url.rpartition('/')[2]}.{wanted.token}")
+        path = temporary.local()  # refuses stores that HDF5 can't write to
 
         def part() -> None:
-            with _writing(temporary), h5py.File(temporary.local(), "w-") as file:
+            temporary.put(b"", replace=False)  # the store makes the folder, durably
+            with _writing(temporary), h5py.File(path, "w") as file:
                 for tensor in wanted.tensors:
                     _write(file, tensor)
-            _sync(temporary.local())
+            _sync(path)
 
         def commit() -> None:
             temporary.move_to(place, replace=wanted.replace)
@@ -89,9 +104,10 @@ class KerasSource:
 
     Args:
         place: The file.
+        max_expansion: How many times the file's length compressed datasets may have.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, max_expansion: float = MAX_EXPANSION) -> None:
         self._url = place.url
         self._h5py = library("h5py", extra="keras", format="keras")
         path = place.local()
@@ -116,6 +132,11 @@ class KerasSource:
                 f"{self._url}: {len(problems)} entries are not weights, or not in this file:\n  "
                 f"{listed}\nSave the weights alone, with Keras' save_weights"
             )
+        check_expansion(
+            place,
+            sum(tensor_bytes(one.shape, one.dtype) for one in tensors.values()),
+            max_expansion,
+        )
         self._contents = Contents(list(tensors.values()))
         self._pieces = WholePieces(self._read)
 
@@ -148,11 +169,33 @@ class KerasSource:
 
     def _box(self, tensor: int, box: Region) -> np.ndarray:
         """Read a box, C-contiguous and little-endian."""
+        self._check_chunks(tensor, box)
         found = np.asarray(self._datasets[tensor][box.slices if box.start else ()])
         target = self._contents.tensors[tensor].dtype.numpy
         if found.dtype.kind == "V":
             found = found.view(target)
         return np.ascontiguousarray(found, target).reshape(box.shape)
+
+    def _check_chunks(self, tensor: int, box: Region) -> None:
+        """Refuse deflated chunks that make more than a chunk: HDF5 would inflate them whole."""
+        dataset = self._datasets[tensor]
+        if dataset.chunks is None or _DEFLATE not in _filters(dataset):
+            return
+        limit = tensor_bytes(dataset.chunks, self._contents.tensors[tensor].dtype) + _CHECKSUM_BYTES
+        steps = zip(box.start, box.stop, dataset.chunks, strict=True)
+        for start in itertools.product(*(range(a - a % c, b, c) for a, b, c in steps)):
+            info = dataset.id.get_chunk_info_by_coord(start)
+            if info.byte_offset is None or info.filter_mask:
+                continue  # not there, or not inflated
+            if info.size > 2 * limit:
+                raise CorruptCheckpoint(f"a chunk of {info.size} bytes for one of {limit}")
+            inflate = zlib.decompressobj()
+            left, made = dataset.id.read_direct_chunk(start)[1], 0
+            while left and not inflate.eof:
+                made += len(inflate.decompress(left, _COPY_BYTES))
+                if made > limit:
+                    raise CorruptCheckpoint(f"a chunk that inflates to more than {limit} bytes")
+                left = inflate.unconsumed_tail
 
     def _walk(self, problems: dict[str, str]) -> Iterator[tuple[str, Any]]:
         """Yield (path, dataset) in order; follows hard links alone, and enters a group once."""
@@ -201,10 +244,13 @@ class KerasSource:
             return f"dtype {dataset.dtype} (of HDF5 class {dataset.id.get_type().get_class()})"
         if len(dataset.shape) > MAX_DIMENSIONS:
             return f"{len(dataset.shape)} dimensions"
+        filters = _filters(dataset)
+        packed = [number for number in filters if number in _COMPRESSION]
+        if len(packed) > 1 or set(filters) - _COMPRESSION.keys() - _OTHER_FILTERS.keys():
+            return f"filters {filters}; known are one compression and {_OTHER_FILTERS}"
         size = tensor_bytes(dataset.shape, entry)
         stored = dataset.id.get_storage_size()
-        filtered = dataset.chunks is not None and dataset.id.get_create_plist().get_nfilters() > 0
-        limit = stored * _BEST_RATIO if filtered else stored
+        limit = stored * _BEST_RATIO if filters else stored
         if size > min(limit, MAX_TENSOR_BYTES) or stored > file_bytes:
             return (
                 f"shape {list(dataset.shape)} needs {size} bytes, {stored} are stored in a file "
@@ -246,6 +292,14 @@ class KerasSource:
             raise CorruptCheckpoint(
                 f"{self._url}: HDF5 can't read {what!r}: {exc}", path=self._url
             ) from exc
+
+
+def _filters(dataset: Any) -> list[int]:
+    """Return the numbers of a dataset's filters, in the order of writing."""
+    if dataset.chunks is None:
+        return []
+    made = dataset.id.get_create_plist()
+    return [made.get_filter(number)[0] for number in range(made.get_nfilters())]
 
 
 def _entry(tensor: Readable) -> dtypes.Dtype:

@@ -33,7 +33,7 @@ Strategy = (
 
 # More than any job has. It bounds what a few bytes of a strategy file can make us do.
 MAX_RANKS = 1 << 16
-_MAX_FILE_BYTES = 1 << 28
+_MAX_FILE_BYTES = 1 << 26
 _STAGED = re.compile(r"(0|[1-9][0-9]{0,8})-(.+)", re.DOTALL)
 
 

@@ -361,7 +361,11 @@ def _joined_rows(name: str, parts: Sequence[TensorMessage]) -> _Tensor:
     """Join what a map parameter's slices hold of one of its tensors."""
     first = parts[0]
     for part in parts:
-        if not part.dims or (part.dims[1:], part.type) != (first.dims[1:], first.type):
+        if (
+            not part.dims
+            or part.dims[0] < 0
+            or (part.dims[1:], part.type) != (first.dims[1:], first.type)
+        ):
             raise _Fault(
                 f"{name!r}: {first.type} of dims {list(first.dims)}, and {part.type} of dims "
                 f"{list(part.dims)}: not rows of one tensor"

@@ -30,7 +30,9 @@ _ENTRY = re.compile(
     r"\s*'(descr|fortran_order|shape)'\s*:\s*('[^'\\]*'|\[.*\]|True|False|\([\dL,\s]*\))\s*(?:,|$)",
     re.DOTALL,
 )
-_EXTENTS = re.compile(r"\(\s*((?:\d+L?\s*,\s*)*)(\d+L?)?\s*\)")
+# Python makes no number of more than 4,300 digits. The `+` after a repetition: what it took, it
+# keeps, so that there is one way to read a text, and not as many as it has spaces.
+_EXTENTS = re.compile(r"\(\s*+((?:\d{1,4000}+L?\s*+,\s*+)*+)(\d{1,4000}+L?)?\s*+\)")
 _PLAIN_DESCR = re.compile(r"'([<>|])([biufc]\d{1,2})'")
 _VOID_DESCR = re.compile(r"'[<|]([Vf]\d{1,2})'")
 _REGISTERED = 2  # numpy's mark of types that others, such as ml_dtypes, have added
@@ -298,7 +300,7 @@ class _NpyFile:
                 offset_bytes=min(expected, length),
             )
         self._reader = ArrayReader(self._header, self._read_stored, Kept())
-        name = place.name.rpartition("/")[2]
+        name = place.url.removesuffix("?…").rpartition("/")[2]
         name = name[: -len(SUFFIX)] if name.lower().endswith(SUFFIX) else name
         self.contents = Contents([ForeignTensor(name, self._header.shape, self._header.dtype)])
 

@@ -24,7 +24,16 @@ from distckpt import dtypes
 from distckpt.errors import CheckpointError, CorruptCheckpoint, UnsupportedFormat
 from distckpt.foreign import Contents, ForeignTensor, Source, tensor_bytes
 from distckpt.formats import plain
-from distckpt.formats.base import Place, Readable, Wanted, Writing, refuse, write_file
+from distckpt.formats.base import (
+    MAX_EXPANSION,
+    Place,
+    Readable,
+    Wanted,
+    Writing,
+    check_expansion,
+    refuse,
+    write_file,
+)
 from distckpt.formats.npy import (
     BLOCK_BYTES,
     MAX_PREFIX_BYTES,
@@ -68,6 +77,7 @@ class NpzFormat:
 
     Options for opening:
         void: The dtype of arrays that numpy calls void (``V2``), such as ``"bfloat16"``.
+        max_expansion: How many times the file's length its arrays may have.
     """
 
     name = NAME
@@ -84,10 +94,12 @@ class NpzFormat:
         name = head[_LOCAL_HEADER.size : _LOCAL_HEADER.size + length]
         return name.endswith(MEMBER_SUFFIX.encode())
 
-    def open(self, place: Place, *, void: str | None = None) -> Source:
+    def open(
+        self, place: Place, *, void: str | None = None, max_expansion: float = MAX_EXPANSION
+    ) -> Source:
         """See `Format`."""
         check_void(void)
-        return _NpzFile(place, void)
+        return _NpzFile(place, void, max_expansion)
 
     def write(self, place: Place, wanted: Wanted) -> Writing:
         """See `Format`."""
@@ -220,7 +232,7 @@ class _NpzFile:
     reading on is cheap; reading back begins again.
     """
 
-    def __init__(self, place: Place, void: str | None) -> None:
+    def __init__(self, place: Place, void: str | None, max_expansion: float) -> None:
         self._place = place
         self._lock = threading.Lock()
         self._streams: OrderedDict[int, tuple[IO[bytes], int]] = OrderedDict()
@@ -228,6 +240,7 @@ class _NpzFile:
             self._archive = zipfile.ZipFile(cast("IO[bytes]", _PlaceFile(place)))
         infos = self._archive.infolist()
         self._check_directory(infos)
+        check_expansion(place, sum(info.file_size for info in infos), max_expansion)
         self._members = [self._member(info, void) for info in infos]
         self._check_places()
         kept = Kept()
@@ -289,6 +302,8 @@ class _NpzFile:
     def _member(self, info: zipfile.ZipInfo, void: str | None) -> _Member:
         """Read a member's headers: the archive's, and the array's."""
         where = f"{self._place.url}: {info.filename}"
+        if info.header_offset < 0:  # where zipfile takes bytes before the archive for missing
+            raise self._corrupt(info, "it begins before the file does")
         fixed = self._place.read(info.header_offset, info.header_offset + _LOCAL_HEADER.size)
         magic, *_, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(fixed)
         start = info.header_offset + len(fixed) + name_bytes + extra_bytes

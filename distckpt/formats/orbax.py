@@ -248,7 +248,7 @@ def _json(place: Place) -> dict[str, Any]:
     if size > _MAX_JSON_BYTES:
         raise CorruptCheckpoint(f"{place.url}: {size} bytes are too many for it", path=place.url)
     try:
-        found = json.loads(place.read(0, size))
+        found = json.loads(place.read(0, size).decode())
     except (ValueError, RecursionError) as exc:
         raise CorruptCheckpoint(f"{place.url}: it is no JSON: {exc}", path=place.url) from exc
     if not isinstance(found, dict):

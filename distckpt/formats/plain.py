@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 
+from distckpt.codec import checked_dict
 from distckpt.errors import CorruptCheckpoint, UnsupportedFormat
 
 _INT_BITS = 64
@@ -102,5 +103,9 @@ def _decode(value: object) -> object:
         case "$tuple", list(items):
             return tuple(map(_decode, items))
         case "$dict", list(pairs):
-            return {_decode(key): _decode(item) for key, item in pairs}
+            keys, items = [], []
+            for key, item in pairs:
+                keys.append(_decode(key))
+                items.append(_decode(item))
+            return checked_dict(keys, items)
     return {key: _decode(item) for key, item in value.items()}

@@ -25,6 +25,8 @@ INDEX_NAME = "model.safetensors.index.json"
 WHOLE_NAME = "model.safetensors"
 INDEX_ENDING = ".safetensors.index.json"
 
+_ENDING = ".safetensors"
+
 _HEADER_SHARE_BYTES = 1000  # of the largest header, for what is no name
 
 
@@ -242,6 +244,7 @@ def _commit(
         place.entry(INDEX_NAME).put(text, replace=replace)
     except FileExistsError as exc:
         raise already_there(place) from exc
+    old = {name for name in old if name.endswith(_ENDING)}  # a stranger's index names anything
     # Who looks for one whole file first would still find the old one.
     new = set(index["weight_map"].values())  # type: ignore[attr-defined]
     for name in [WHOLE_NAME] * (WHOLE_NAME in committed) + sorted(old - new):

@@ -92,7 +92,7 @@ class _TorchSource:
 
     def __init__(self, place: Place) -> None:
         self._archive = archive = Archive(place)
-        found = leaves(archive.root, place.url, 4 * archive.pickle_bytes + 1000)
+        found = leaves(archive.root, place.url, archive.pickle_bytes)
         entries = sorted_out(found, place.url)
         self._tensors: list[Stored] = []
         described = []

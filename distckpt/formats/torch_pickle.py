@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import reprlib
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,12 @@ from distckpt.state import MAX_DIMENSIONS
 # A pickle is held in memory; honest ones have some 300 bytes a tensor.
 MAX_PICKLE_BYTES = 1 << 28
 _MAX_DEPTH = 64
+# What a pickle may make of each of its bytes, for it can say one thing a million times: items that
+# are handed to functions, and letters of names (each of which repeats those of its containers).
+_MOST_ITEMS = 4
+_MOST_LETTERS = 64
+_FREE_ITEMS = 1 << 16
+_KEY_BITS = 64
 
 STORAGES = {
     "DoubleStorage": "float64",
@@ -130,13 +135,23 @@ class _Dict(dict[Any, Any]):
         del state
 
 
+class Fields:
+    """An object of a class in `classes`, of which nothing but its attributes is known."""
+
+    state: object = None
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
 def load(data: bytes, where: str, classes: Mapping[tuple[str, str], Any] | None = None) -> Any:
     """Read a pickle.
 
     Args:
         data: The pickle.
         where: For messages.
-        classes: More names that it may use, and what they stand for.
+        classes: More names that it may use, and what they stand for: `Fields`, or functions that
+            make nothing larger than their arguments.
 
     Returns:
         Nested dicts, lists and tuples of plain values, `Stored`, `Refused` and `Other`.
@@ -196,6 +211,7 @@ class _Unpickler(pickle._Unpickler):  # noqa: SLF001
         super().__init__(io.BytesIO(data))
         self._where = where
         self._classes = classes
+        self._room = _MOST_ITEMS * len(data) + _FREE_ITEMS
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self._classes:
@@ -227,21 +243,75 @@ class _Unpickler(pickle._Unpickler):  # noqa: SLF001
 
     dispatch[pickle.SETITEMS[0]] = load_setitems
 
+    def load_reduce(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        if not isinstance(arguments, tuple):
+            raise TypeError(f"arguments that are {shown(arguments)}")
+        self.stack.append(self._call(function, arguments))
+
+    dispatch[pickle.REDUCE[0]] = load_reduce
+
+    def _instantiate(self, function: Any, arguments: list[Any]) -> None:
+        self.stack.append(self._call(function, tuple(arguments)))
+
+    def load_newobj(self) -> None:
+        self.load_reduce()
+
+    dispatch[pickle.NEWOBJ[0]] = load_newobj
+
+    def _call(self, function: Any, arguments: tuple[Any, ...]) -> Any:
+        """Call what a name stands for; in all with few more items than the pickle has bytes."""
+        self._room -= len(arguments) + sum(
+            len(one) for one in arguments if isinstance(one, (str, bytes, list, tuple, dict))
+        )
+        if self._room < 0:
+            raise ValueError("it makes far more of its bytes than they are")
+        return function(*arguments)
+
+    def load_build(self) -> None:
+        # Not for what checks itself when it is made, nor for what belongs to this module.
+        state, target = self.stack.pop(), self.stack[-1]
+        if not isinstance(target, (_Dict, Fields)):
+            raise TypeError(f"a state for {shown(target)}")
+        target.__setstate__(state)
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def persistent_load(self, pid: Any) -> Storage:
         kind, cls, key, _, count = pid[:5]
         if kind != "storage" or not isinstance(cls, Named) or cls.name not in STORAGES:
-            raise ValueError(f"a persistent id of {reprlib.repr(kind)}, {reprlib.repr(cls)}")
+            raise ValueError(f"a persistent id of {shown(kind)}, {shown(cls)}")
         if not isinstance(key, str) or type(count) is not int or count < 0:
-            raise ValueError(f"a storage {reprlib.repr(key)} of {reprlib.repr(count)} elements")
+            raise ValueError(f"a storage {shown(key)} of {shown(count)} elements")
         if len(pid) > 5 and pid[5] is not None:  # noqa: PLR2004  the view of a very old file
             raise ValueError("a storage that is a view of another one")
         return Storage(key, STORAGES[cls.name], count)
 
 
 def _set(target: Any, key: Any, value: Any) -> None:
-    if isinstance(key, (tuple, Stored, Storage)):
+    # Nor a large number: any two that differ by a multiple of 2^61 - 1 have one hash.
+    is_large = isinstance(key, int) and key.bit_length() > _KEY_BITS
+    if isinstance(key, (tuple, Stored, Storage)) or is_large:
         raise TypeError(f"a key that is a {type(key).__name__}")
+    if not isinstance(target, dict):
+        raise TypeError(f"an item of {shown(target)}")
     target[key] = value
+
+
+def shown(value: object, *, nested: bool = True) -> str:
+    """Show a value of a pickle in a message: a little of it, for it may be endless."""
+    match value:
+        case str() | bytes():
+            return repr(value[:60])
+        case bool() | float() | None | Named() | Other():
+            return str(value)
+        case int():
+            return str(value) if value.bit_length() <= _KEY_BITS else "a large int"
+        case list() | tuple() if nested:
+            items = [shown(item, nested=False) for item in value[:6]]
+            inside = ", ".join([*items, *["…"] * (len(value) > len(items))])
+            return f"[{inside}]" if isinstance(value, list) else f"({inside})"
+    return f"a {type(value).__name__}"
 
 
 def _tensor(storage: Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> Stored | Refused:
@@ -266,7 +336,7 @@ def _describe(
     if len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"a tensor of {len(shape)} dimensions with {len(stride)} strides")
     if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
-        raise ValueError(f"a tensor of {reprlib.repr((shape, stride, offset))}")
+        raise ValueError(f"a tensor of {shown(shape)}, {shown(stride)}, {shown(offset)}")
     if dtype not in dtypes.BY_NAME:
         return Refused(f"a tensor of dtype {dtype or 'none'}, which numpy lacks")
     if isinstance(marks, Mapping) and any(marks.values()):
@@ -282,7 +352,7 @@ def _first(data: Any, *_: Any) -> Any:
 def _from_type(function: Any, cls: Any, args: Any, state: Any) -> Any:
     del state
     if not isinstance(cls, Named) or isinstance(function, tuple) or function not in _REBUILD:
-        raise ValueError(f"a tensor of class {reprlib.repr(cls)}")
+        raise ValueError(f"a tensor of class {shown(cls)}")
     return function(*args)
 
 
@@ -291,12 +361,12 @@ def _refused(what: str) -> Callable[..., Refused]:
 
 
 def _other(what: str) -> Callable[..., Other]:
-    return lambda *args: Other(f"{what}({', '.join(map(reprlib.repr, args))[:80]})")
+    return lambda *args: Other(f"{what}({', '.join(map(shown, args[:6]))[:80]})")
 
 
 def _encode(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
-        raise ValueError(f"bytes encoded as {reprlib.repr(encoding)}")
+        raise ValueError(f"bytes encoded as {shown(encoding)}")
     return text.encode("latin1")
 
 
@@ -354,36 +424,48 @@ _KNOWN: dict[tuple[str, str], Any] = {
 }
 
 
-def leaves(root: object, where: str, limit: int) -> Iterator[tuple[str, object]]:
+def leaves(
+    root: object, where: str, pickle_bytes: int, prefix: str = ""
+) -> Iterator[tuple[str, object]]:
     """Yield what lies in nested containers, under dotted names.
 
     Args:
         root: What `load` returned.
         where: For messages.
-        limit: How many nodes it may have; a pickle can say one thing a million times.
+        pickle_bytes: Length of the pickle. It can say one thing a million times, and so make
+            containers of any size, or that contain themselves.
+        prefix: What all names begin with.
 
     Raises:
-        CorruptCheckpoint: There are more, or they lie too deep.
+        CorruptCheckpoint: More entries than such a pickle has, longer names, or they lie too deep.
     """
-    seen = 0
-    stack: list[tuple[str, object, int]] = [("", root, 0)]
+    entries, letters = pickle_bytes + 1000, _MOST_LETTERS * pickle_bytes + _FREE_ITEMS
+    if not isinstance(root, _CONTAINERS):
+        yield prefix, root
+        return
+    stack = [(prefix, _items(root))]  # iterators: containers may be large, and be there many times
     while stack:
-        name, node, depth = stack.pop()
-        seen += 1
-        if seen > limit or depth > _MAX_DEPTH:
-            found = f"{depth} levels" if depth > _MAX_DEPTH else f"more than {limit} entries"
-            raise CorruptCheckpoint(
-                f"{where}: {found} of nested containers, at {name[:200]!r}; the pickle refers to "
-                "the same ones over and over, or they contain themselves",
-                path=where,
-            )
-        if isinstance(node, dict):
-            below = [(str(key), value) for key, value in node.items()]
-        elif isinstance(node, (list, tuple)):
-            below = [(str(index), value) for index, value in enumerate(node)]
-        else:
+        above, rest = stack[-1]
+        for key, node in rest:
+            name = f"{above}.{key}" if above or len(stack) > 1 else str(key)
+            entries -= 1
+            letters -= len(name)
+            if entries < 0 or letters < 0 or len(stack) > _MAX_DEPTH:
+                raise CorruptCheckpoint(
+                    f"{where}: too many nested containers, or too large ones, at {name[:200]!r}: "
+                    "the pickle refers to the same ones over and over, or they contain themselves",
+                    path=where,
+                )
+            if isinstance(node, _CONTAINERS):
+                stack.append((name, _items(node)))
+                break
             yield name, node
-            continue
-        stack += [
-            (f"{name}.{key}" if depth else key, value, depth + 1) for key, value in reversed(below)
-        ]
+        else:
+            stack.pop()
+
+
+_CONTAINERS = (dict, list, tuple)
+
+
+def _items(node: Any) -> Iterator[tuple[object, object]]:
+    return iter(node.items() if isinstance(node, dict) else enumerate(node))
