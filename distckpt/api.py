@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from distckpt.bundle import Distinct
 from distckpt.checkpoint import Checkpoint, StorageOptions, Url
 from distckpt.commit import commit, write
 from distckpt.errors import SaveFailed, raise_together, to_plain
 from distckpt.formats import locate
-from distckpt.load_plan import LoadOptions, ResolvePerRank
+from distckpt.load_plan import LoadOptions, OnCorrupt, ResolvePerRank
 from distckpt.loader import LoadReport
 from distckpt.loader import load_into as load_net
 from distckpt.match import Prefixes, Rename, filter_names
@@ -21,14 +22,14 @@ from distckpt.plan import (
     DEFAULT_SHARD_BYTES,
     Replicas,
     describe,
-    holdings_from_plain,
-    holdings_to_plain,
     plan_write,
+    summarise,
 )
-from distckpt.prepare import Options, prepare
+from distckpt.prepare import OnFailure, Options, check_on_failure, prepare
 from distckpt.reader import read_manifest
 from distckpt.state import FlatState, flatten
 from distckpt.team import Late, connect
+from distckpt.waiting import deferred_interrupt
 
 
 def save(
@@ -70,7 +71,8 @@ def save(
         SaveFailed: A rank failed or was late.
         StoreError: The URL can't be opened.
 
-    All are raised on every rank alike, and nothing is committed.
+    All are raised on every rank alike, and nothing is committed. Ctrl-C ends a save early: its
+    files are deleted, the other ranks get a `SaveFailed`, and KeyboardInterrupt is raised here.
     """
     team = connect(comm, timeout_s=timeout_s)
     options = Options(
@@ -80,9 +82,12 @@ def save(
         metadata=metadata,
         timeout_s=timeout_s,
     )
-    found = prepare(team, url, state, options, storage_options=storage_options)
-    write(found)
-    return Checkpoint(found.store, team.drive(commit(found)), found.save_id)
+    with deferred_interrupt() as interrupt:
+        found = prepare(team, url, state, options, storage_options=storage_options)
+        found.interrupt = interrupt
+        write(found)
+        manifest, stats = team.drive(commit(found))
+    return Checkpoint(found.store, manifest, found.save_id, stats)
 
 
 def save_async(
@@ -97,6 +102,7 @@ def save_async(
     timeout_s: float = 600,
     storage_options: StorageOptions = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    on_failure: OnFailure = "raise",
 ) -> PendingCheckpoint:
     """Collective. Start a save: the arrays are copied, and may change when this returns.
 
@@ -113,15 +119,20 @@ def save_async(
         timeout_s: As in `save`.
         storage_options: As in `save`.
         max_shard_bytes: As in `save`.
+        on_failure: What happens when it fails and nobody waits for it. ``"raise"``: the next save
+            of these ranks raises it, or, where none follows, the program ends with status 74.
+            ``"warn"``: it is only logged. `wait` raises in any case.
 
     Returns:
         The save in flight. Several may be; each rank starts the same ones in the same order, and
         may wait for them in any order, or not at all.
 
     Raises:
-        CheckpointError: As in `save`, for what is wrong with the call. What goes wrong later,
-            `wait` raises.
+        CheckpointError: As in `save`, for what is wrong with the call; or an earlier save failed,
+            and nobody waited for it. What goes wrong later, `wait` raises.
+        ValueError: Another `on_failure`.
     """
+    check_on_failure(on_failure)
     options = Options(
         overwrite=overwrite,
         replicas=replicas,
@@ -129,6 +140,7 @@ def save_async(
         lazy=lazy,
         metadata=metadata,
         timeout_s=timeout_s,
+        on_failure=on_failure,
     )
     team = connect(comm, timeout_s=timeout_s)
     return start_save(team, url, state, options, storage_options=storage_options)
@@ -195,12 +207,14 @@ def plan(
     except Exception as exc:  # noqa: BLE001  a rank that fails still takes part
         failure = exc
     held = describe(flat.tensors, list(flat.per_rank))
+    summary = summarise(held, rank=team.rank, ranks=team.size)
 
     def decide(calls: list[Any]) -> list[Any]:
         errors = {rank: call["error"] for rank, call in enumerate(calls) if call["error"]}
         raise_together(errors, "plan", SaveFailed, "plan", own_kind=True)
         found = plan_write(
-            [holdings_from_plain(call["holdings"]) for call in calls],
+            Distinct.of([call["template"] for call in calls]),
+            Distinct.of([call["own"] for call in calls]),
             replicas=replicas,
             max_shard_bytes=max_shard_bytes,
         )
@@ -211,7 +225,8 @@ def plan(
     call = {
         "call": f"plan{Options(replicas=replicas, max_shard_bytes=max_shard_bytes)}",
         "error": None if failure is None else to_plain(failure),
-        "holdings": holdings_to_plain(held),
+        "template": summary.template,
+        "own": summary.own,
     }
     try:
         return SavePlan(*team.drive(team.operation(timeout_s).agree(call, decide, "join the plan")))
@@ -303,6 +318,7 @@ def load_into(
     cast: bool = True,
     verify: bool = True,
     per_rank: ResolvePerRank | None = None,
+    on_corrupt: OnCorrupt = "raise",
     timeout_s: float = 600,
     storage_options: StorageOptions = None,
     format: str | None = None,
@@ -329,6 +345,9 @@ def load_into(
         verify: Whether to check the checksums of what is read.
         per_rank: Decides about per-rank values on another number of ranks: called with the list of
             the saved values, the rank and the number of ranks, it returns this rank's value.
+        on_corrupt: What happens where bytes are damaged or a file is missing. ``"raise"``: the load
+            fails. ``"skip"``: what can't be read keeps what the net held, a warning is logged, and
+            the report's `skipped` says which regions of which tensors these are.
         timeout_s: As in `save`.
         storage_options: Passed to the fsspec file system.
         format: As in `open`.
@@ -347,7 +366,16 @@ def load_into(
     All are raised on every rank alike.
     """
     chosen = LoadOptions(
-        strict, filter_prefix, only_prefix, select, rename, cast, verify, per_rank, timeout_s
+        strict,
+        filter_prefix,
+        only_prefix,
+        select,
+        rename,
+        cast,
+        verify,
+        per_rank,
+        timeout_s,
+        on_corrupt,
     )
     team = connect(comm, timeout_s=timeout_s)
     return load_net(

@@ -15,17 +15,19 @@ from distckpt import codec
 from distckpt.coordinator import Solo
 from distckpt.errors import (
     CheckpointError,
-    CorruptCheckpoint,
     IncompleteCheckpoint,
     MatchError,
+    UnsupportedFormat,
 )
 from distckpt.foreign import ForeignStore
 from distckpt.formats import OURS
+from distckpt.hold import Hold
 from distckpt.layout import Layout
-from distckpt.load_plan import LoadOptions, ResolvePerRank
+from distckpt.load_plan import LoadOptions, OnCorrupt, ResolvePerRank
 from distckpt.loader import LoadReport
 from distckpt.loader import load_into as load_net
 from distckpt.manifest import Manifest, Pieces
+from distckpt.marks import LEASE_S
 from distckpt.match import Prefixes, Rename
 from distckpt.plan import Wants, plan_read
 from distckpt.reader import (
@@ -35,12 +37,14 @@ from distckpt.reader import (
     exchange,
     read_manifest,
     stored_files,
-    was_replaced,
+    why_gone,
 )
 from distckpt.region import Region
 from distckpt.state import LazyArray
+from distckpt.stats import SaveStats
 from distckpt.store import Store
 from distckpt.team import Operation, Team, connect
+from distckpt.verify import verify
 from distckpt.waiting import drive
 
 Url = str | os.PathLike[str] | Store
@@ -57,11 +61,16 @@ class Checkpoint:
     """
 
     def __init__(
-        self, store: Store, manifest: Manifest | None = None, save_id: int | None = None
+        self,
+        store: Store,
+        manifest: Manifest | None = None,
+        save_id: int | None = None,
+        stats: SaveStats | None = None,
     ) -> None:
         self._store = store
         self._known = manifest
         self._save_id = save_id
+        self._stats = stats
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -115,6 +124,11 @@ class Checkpoint:
         return self.manifest.ranks
 
     @property
+    def stats(self) -> SaveStats | None:
+        """What the save cost that made this object; None for a checkpoint that was opened."""
+        return self._stats
+
+    @property
     def values(self) -> Mapping[str, object]:
         """Plain values by name."""
         return dict(self.manifest.values)
@@ -162,6 +176,7 @@ class Checkpoint:
         cast: bool = True,
         verify: bool = True,
         per_rank: ResolvePerRank | None = None,
+        on_corrupt: OnCorrupt = "raise",
         timeout_s: float = 600,
     ) -> LoadReport:
         """Collective if `comm` has several ranks. Load into a net; see `distckpt.load_into`.
@@ -177,6 +192,7 @@ class Checkpoint:
             cast: As in `distckpt.load_into`.
             verify: As in `distckpt.load_into`.
             per_rank: As in `distckpt.load_into`.
+            on_corrupt: As in `distckpt.load_into`.
             timeout_s: As in `distckpt.load_into`.
 
         Returns:
@@ -187,96 +203,89 @@ class Checkpoint:
         """
         team = Team(Solo()) if comm is None else connect(comm, timeout_s=timeout_s)
         options = LoadOptions(
-            strict, filter_prefix, only_prefix, select, rename, cast, verify, per_rank, timeout_s
+            strict,
+            filter_prefix,
+            only_prefix,
+            select,
+            rename,
+            cast,
+            verify,
+            per_rank,
+            timeout_s,
+            on_corrupt,
         )
         return load_net(team, self._store, net, options, manifest=lambda _: self.manifest)
 
-    def verify(self) -> int:
+    def verify(self, *, comm: object = None, timeout_s: float = 600) -> int:
         """Read every byte of every file, and compare it with its checksum.
 
-        Another format's file is read, too; only where it has checksums of its own are they checked.
+        Collective if `comm` has several ranks, which share the work. Takes a few MiB of memory,
+        whatever the checkpoint's size. Another format's file is read, too; only where it has
+        checksums of its own are they checked.
+
+        Args:
+            comm: As in `distckpt.load_into`, but None always means this process alone.
+            timeout_s: How long the first rank that is done waits for the last, in seconds.
 
         Returns:
-            The number of bytes read.
+            The number of bytes read, by all ranks.
 
         Raises:
-            CorruptCheckpoint: All damage at once: which file and bytes, and the tensors in them.
+            CorruptCheckpoint: All damage at once: which file and bytes, and the tensors and regions
+                in them.
             IncompleteCheckpoint: Another save has replaced it meanwhile.
+            StoreError: The store failed.
+            LoadFailed: A rank failed, or was late.
+
+        All are raised on every rank alike.
         """
-        manifest = self.manifest
-        blocks = BlockReader(self._store, self._files, manifest.block_bytes)
-        found: list[tuple[CheckpointError, str]] = []
-        for number, stored in self._files.items():
-            start, stop = 0, stored.table_start
-            try:
-                self._check_length(stored.name, int(manifest.file_length[number]))
-                if stored.digest:
-                    blocks.table(number)
-            except (CorruptCheckpoint, IncompleteCheckpoint) as exc:
-                found.append((exc, self._tensors_in(number, start, stop)))
-                continue
-            for block in range(-(-stored.table_start // manifest.block_bytes)):
-                start = block * manifest.block_bytes
-                stop = start + manifest.block_bytes
-                try:
-                    blocks.read(number, block)
-                except (CorruptCheckpoint, IncompleteCheckpoint) as exc:
-                    found.append((exc, self._tensors_in(number, start, stop)))
-        for failure, _ in found:
-            self._refuse_replaced(failure)
-        if found:
-            damage = [f"{failure} (holds {held})" for failure, held in found]
-            first = found[0][0]
-            raise CorruptCheckpoint(
-                f"{self.url}: {len(damage)} damaged places:\n  " + "\n  ".join(damage),
-                path=getattr(first, "path", None),
-                offset_bytes=getattr(first, "offset_bytes", None),
+        team = Team(Solo()) if comm is None else connect(comm, timeout_s=timeout_s)
+        return verify(team, self._store, self.manifest, timeout_s=timeout_s)
+
+    def hold(self, *, lease_s: float = LEASE_S) -> Hold:
+        """Keep it from being deleted, by a Manager's `keep=` or by a save that replaces it.
+
+        ::
+
+            with checkpoint.hold():
+                checkpoint.load_into(net)
+
+        Not collective: a hold is of the checkpoint, not of the reader, and one rank's is enough for
+        all. A small object beside the checkpoint says so. If this process dies, it ends a lease
+        later.
+
+        Args:
+            lease_s: For how many seconds after it was last renewed it counts; it is renewed three
+                times as often, in a thread. Above what this process, or its storage, may ever stand
+                still.
+
+        Returns:
+            The hold, a context manager; it is in force already.
+
+        Raises:
+            IncompleteCheckpoint: It is deleted already, or just being so, or another save has
+                replaced it.
+            UnsupportedFormat: It is another format's file, which nobody deletes.
+            StoreError: The store failed, or can't be written to.
+            ValueError: No lease.
+        """
+        if self.format != OURS:
+            raise UnsupportedFormat(
+                f"{self.url}: a file of format {self.format!r} can't be held: only distckpt's own "
+                "checkpoints are ever pruned"
             )
-        return blocks.bytes_read
+        return Hold(self._store, self.manifest.save_id, lease_s=lease_s)
 
     @cached_property
     def _files(self) -> dict[int, StoredFile]:
         return dict(enumerate(stored_files(self.manifest)))
 
-    def _refuse_replaced(self, failure: CheckpointError | None) -> None:
-        """Say so, where a file is missing because another save has replaced this checkpoint."""
-        if isinstance(failure, IncompleteCheckpoint) and was_replaced(
-            self._store, self.manifest.save_id
-        ):
-            raise IncompleteCheckpoint(
-                f"{self.url}: the checkpoint was replaced while it was being read: open it again"
-            ) from failure
-
-    def _check_length(self, name: str, expected: int) -> None:
-        try:
-            found = self._store.size(name)
-        except FileNotFoundError:
-            raise IncompleteCheckpoint(f"{self.url}/{name}: the file is not there") from None
-        if found != expected:
-            raise CorruptCheckpoint(
-                f"{self.url}/{name}: {found} bytes long, saved were {expected}",
-                path=name,
-                offset_bytes=min(found, expected),
-            )
-
-    def _tensors_in(self, file: int, start_byte: int, stop_byte: int) -> str:
-        """Name what lies in a stretch of a file."""
-        pieces = self.manifest.pieces
-        rows = np.flatnonzero(
-            (pieces.file == file)
-            & (pieces.offset_bytes < stop_byte)
-            & (pieces.offset_bytes + pieces.size_bytes > start_byte)
-        )
-        names = []
-        for row in rows[:8].tolist():
-            tensor = int(pieces.tensor[row])
-            pad = pieces.start.shape[1] - len(self.manifest.layout_of(tensor).shape)
-            box = Region(
-                tuple(pieces.start[row, pad:].tolist()), tuple(pieces.stop[row, pad:].tolist())
-            )
-            names.append(f"{self.manifest.names[tensor]}{box}")
-        more = f", … ({len(rows)} pieces)" if len(rows) > len(names) else ""
-        return (", ".join(names) or "no tensor: header or per-rank values") + more
+    def _refuse_gone(self, failure: CheckpointError | None) -> None:
+        """Say so, where a file is missing because this checkpoint was replaced or deleted."""
+        if isinstance(failure, IncompleteCheckpoint):
+            gone = why_gone(self._store, self.manifest.save_id)
+            if gone is not None:
+                raise IncompleteCheckpoint(f"{self.url}: {gone}") from failure
 
     def _read(
         self, pieces: Pieces, itemsize: np.ndarray, tensor: int, region: Region, out: np.ndarray
@@ -304,14 +313,15 @@ class Checkpoint:
         operation = Operation(Solo(), 0, 0.0)
         failure = drive(exchange(operation, 2, work, blocks, dtype_of=lambda _: out.dtype, put=put))
         if failure is not None:
-            self._refuse_replaced(failure)
+            self._refuse_gone(failure)
             raise failure
 
     def _read_tensor(self, name: str, region: Region) -> np.ndarray:
         tensor = self.manifest.index[name]
         out = np.empty(region.shape, self.manifest.dtype_of(tensor).numpy)
         if out.size:
-            self._read(self.manifest.pieces, self.manifest.itemsize, tensor, region, out)
+            pieces = self.manifest.pieces_of(np.array([tensor]))
+            self._read(pieces, self.manifest.itemsize, tensor, region, out)
         return out
 
     def _read_blob(self, name: str, rank: int) -> object:

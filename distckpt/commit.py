@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from distckpt import codec, replicas
+from distckpt import codec, replicas, stats
+from distckpt.deletion import delete_replaced
 from distckpt.errors import (
     CheckpointError,
     CheckpointExists,
@@ -26,6 +27,8 @@ from distckpt.errors import (
 from distckpt.manifest import BLOCK_BYTES, MANIFEST_NAME, Manifest, shard_name
 from distckpt.plan import WritePlan
 from distckpt.prepare import Save, late_error
+from distckpt.reader import why_gone
+from distckpt.stats import RankStats, SaveStats
 from distckpt.store import Store, read_object
 from distckpt.team import COORDINATOR, Late
 from distckpt.waiting import Waiting, in_thread
@@ -37,30 +40,51 @@ _LOOKUP_S = 5.0
 
 
 def write(save: Save) -> None:
-    """Write this rank's files. Never raises: what went wrong is told at the commit."""
+    """Write this rank's files. What goes wrong is told at the commit: only Ctrl-C is raised."""
     if save.failure is not None:
         return
     try:
         for file, image in save.images.items():
             name = shard_name(file, save.files, save.save_id)
             save.begun.append(name)
+            staged, recorder = save.staged.get(file), save.recorder
             save.written.append(
-                write_file(save.store, name, image, save.staged.get(file), file=file)
+                write_file(
+                    save.store,
+                    name,
+                    image,
+                    staged,
+                    file=file,
+                    recorder=recorder,
+                    interrupt=save.interrupt,
+                )
             )
-    except Exception as exc:  # noqa: BLE001  the others learn of it at the commit
+    except KeyboardInterrupt:  # the second one
+        raise
+    except BaseException as exc:  # noqa: BLE001  a library's panic, too: the others learn of it
         save.failure = to_plain(exc)
 
 
-def commit(save: Save) -> Waiting[Manifest | None]:
+def commit(save: Save) -> Waiting[tuple[Manifest | None, SaveStats]]:
     """Collective. Bring all ranks' outcomes together and write the manifest, which is the commit.
 
     Returns:
-        The manifest at the coordinator, None elsewhere.
+        At the coordinator the manifest, and what the save cost all ranks; elsewhere None, and what
+        it cost this one.
 
     Raises:
         SaveFailed, CheckpointExists: The same on every rank. This rank's files are gone, unless it
             is unknown whether the commit took place.
     """
+    ranks: dict[int, RankStats] = {}
+    with save.recorder.phase("commit"):
+        manifest = yield from _commit(save, ranks)
+    ranks[save.operation.rank] = save.recorder.stats()
+    return manifest, SaveStats(ranks)
+
+
+def _commit(save: Save, ranks: dict[int, RankStats]) -> Waiting[Manifest | None]:
+    """Commit; at the coordinator, *ranks* takes what it cost each."""
     operation, store = save.operation, save.store
     outcome = {
         "error": save.failure,
@@ -71,12 +95,16 @@ def commit(save: Save) -> Waiting[Manifest | None]:
         ],
         "blobs": save.blob_lengths,
         "checks": (save.checks.check, save.checks.sum),
+        "stats": stats.to_plain(save.recorder.stats()),
     }
     result: dict[str, Any] = {"error": None}
     manifest: Manifest | None = None
     try:
         outcomes = yield from operation.gather(0, outcome, "finish writing")
         if outcomes is not None:
+            ranks.update(
+                {rank: stats.from_plain(one["stats"]) for rank, one in enumerate(outcomes)}
+            )
             manifest = yield from in_thread(lambda: _commit_at_coordinator(save, outcomes))
     except Late as late:
         result = {"error": to_plain(late_error(late, store.url))}
@@ -144,11 +172,14 @@ def _commit_at_coordinator(save: Save, outcomes: Sequence[Mapping[str, Any]]) ->
         # What a reader would refuse must not become the last committed checkpoint. Later saves of a
         # plan differ from its first in nothing that a reader could refuse.
         codec.decode(data)
+    if save.options.guard is not None:
+        save.options.guard()
     _put_manifest(store, manifest.save_id, data, replace=save.options.overwrite)
+    _look_again(store, manifest)
     if replaced is not None:
         # Only now: until the new manifest stood, they were the last committed checkpoint.
         try:
-            store.delete(replaced.file_names)
+            delete_replaced(store, replaced)
         except (OSError, CheckpointError) as exc:
             logger.warning("%s: files of the replaced checkpoint are left: %s", store.url, exc)
     return manifest
@@ -192,6 +223,30 @@ def _look_up(save: Save, outcomes: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
+def _look_again(store: Store, manifest: Manifest) -> None:
+    """See once more what the manifest names: the whole folder may have been removed under the save.
+
+    The manifest would have made it anew, and would name nothing.
+
+    Raises:
+        SaveFailed: It was.
+    """
+    for name in manifest.file_names[:1]:
+        try:
+            store.size(name)
+        except FileNotFoundError:
+            if why_gone(store, manifest.save_id) is not None:
+                return  # by another save, after ours was committed: it has deleted our files
+            store.delete([MANIFEST_NAME])
+            raise SaveFailed(
+                f"{store.url}: the folder was removed while it was saved to: {name} is gone. Save "
+                "again",
+                failures={COORDINATOR: f"{name} is gone"},
+            ) from None
+        except (OSError, CheckpointError) as exc:
+            logger.warning("%s/%s: can't be seen after the commit: %s", store.url, name, text(exc))
+
+
 def _make_manifest(save: Save, plan: WritePlan, outcomes: Sequence[Mapping[str, Any]]) -> Manifest:
     records = sorted(record for outcome in outcomes for record in outcome["files"])
     written = [record[0] for record in records]
@@ -218,9 +273,7 @@ def _make_manifest(save: Save, plan: WritePlan, outcomes: Sequence[Mapping[str, 
             name: np.array([outcome["blobs"].get(name, 0) for outcome in outcomes], np.int64)
             for name in plan.per_rank
         },
-        per_rank_file=np.array([max(part.blob_file, 0) for part in plan.parts], np.int64)
-        if plan.per_rank
-        else np.zeros(0, np.int64),
+        per_rank_file=np.maximum(plan.blob_file, 0) if plan.per_rank else np.zeros(0, np.int64),
         metadata=save.metadata,
         metrics=save.metrics,
     )
@@ -242,14 +295,10 @@ def _put_manifest(store: Store, save_id: int, data: bytes, *, replace: bool) -> 
         except FileNotFoundError:
             found = None
         except (OSError, CheckpointError) as second:
-            raise SaveFailed(
-                f"{store.url}: the manifest could not be written ({text(exc)}), and whether it was "
-                f"can't be read back ({text(second)}): the checkpoint may or may not be committed; "
-                "nothing was deleted",
-                failures={COORDINATOR: text(exc)},
-                committed=None,
-            ) from exc
+            raise _unknown(store, exc, f"it can't be read back ({text(second)})") from exc
         if found == save_id:
+            if getattr(exc, "undurable", False):
+                raise _unknown(store, exc, "it is there, but may not survive a power loss") from exc
             logger.info(
                 "%s: the manifest was stored although its writing reported: %s", store.url, exc
             )
@@ -259,10 +308,22 @@ def _put_manifest(store: Store, save_id: int, data: bytes, *, replace: bool) -> 
                 f"{store.url}: another save committed here first. Save to another URL, or pass "
                 "overwrite=True"
             ) from exc
+        if not (getattr(exc, "refused", False) or isinstance(exc, FileExistsError)):
+            # A request that got no answer can still arrive, and must not name deleted files.
+            raise _unknown(store, exc, "it is not there now, but may still appear") from exc
         raise SaveFailed(
             f"{store.url}: the manifest could not be written: {text(exc)}",
             failures={COORDINATOR: text(exc)},
         ) from exc
+
+
+def _unknown(store: Store, exc: Exception, why: str) -> SaveFailed:
+    return SaveFailed(
+        f"{store.url}: the manifest could not be written ({text(exc)}); {why}: the checkpoint may "
+        "or may not be committed; nothing was deleted",
+        failures={COORDINATOR: text(exc)},
+        committed=None,
+    )
 
 
 def _read_replaced(store: Store) -> Manifest | None:
@@ -280,15 +341,3 @@ def _read_replaced(store: Store) -> Manifest | None:
         raise SaveFailed(
             f"{store.url}: the checkpoint to be replaced can't be read: {text(exc)}"
         ) from exc
-
-
-def delete_checkpoint(store: Store, manifest: Manifest) -> None:
-    """Delete a checkpoint, the manifest first. Not collective.
-
-    Then only the files that it named (invariant I5): another save's may lie beside them.
-
-    Raises:
-        StoreError: The store failed; without its manifest, there is no checkpoint any more.
-    """
-    store.delete([MANIFEST_NAME])
-    store.delete(manifest.file_names)

@@ -21,12 +21,41 @@ rank's cause.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+# With limits, so that no name that a message repeats takes long.
+_USER = re.compile(r"(?<=://)[^/\s'\"@]{1,500}+@")
+_QUERY = re.compile(r"(://[^\s'\"?%]{0,500}+(?:\?|%3F))[^\s'\"]*?(?=[:;,.)]{0,5}(?:[\s'\"]|$))")
+
+
+def without_secrets(text: str) -> str:
+    """Leave out of the URLs in a text what may be a secret: users, passwords, and queries.
+
+    Examples:
+        >>> without_secrets("https://me:pw@host/x.npz?sig=abc: cut short")
+        'https://…@host/x.npz?…: cut short'
+    """
+    return _QUERY.sub(r"\1…", _USER.sub("…@", text))
+
+
+def tellable(cause: Exception) -> Exception | None:
+    """Return an error to raise another one from; None if its text would tell a secret."""
+    return cause if without_secrets(str(cause)) == str(cause) else None
+
+
+def _told(failures: Mapping[int, str] | None) -> dict[int, str]:
+    return {rank: without_secrets(said) for rank, said in (failures or {}).items()}
+
 
 class CheckpointError(Exception):
-    """Root of all errors that distckpt raises on purpose."""
+    """Root of all errors that distckpt raises on purpose. No secret in a URL gets into one."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(
+            *(without_secrets(one) if isinstance(one, str) else one for one in arguments)
+        )
 
 
 class CheckpointNotFound(CheckpointError, FileNotFoundError):
@@ -53,7 +82,7 @@ class CorruptCheckpoint(CheckpointError, ValueError):
         self, message: str, *, path: str | None = None, offset_bytes: int | None = None
     ) -> None:
         super().__init__(message)
-        self.path = path
+        self.path = None if path is None else without_secrets(path)
         self.offset_bytes = offset_bytes
 
 
@@ -96,11 +125,27 @@ class StoreError(CheckpointError, OSError):
 
     Attributes:
         url: Where.
+        refused: True only if the store certainly did not carry the operation out, and will not:
+            a request without an answer can still arrive.
+        undurable: It was carried out and can be seen, but may not survive a power loss.
+        denied: This object can't be read, by its permissions, or since it is a directory: that says
+            nothing of others.
     """
 
-    def __init__(self, message: str, *, url: str = "") -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        url: str = "",
+        refused: bool = False,
+        undurable: bool = False,
+        denied: bool = False,
+    ) -> None:
         super().__init__(message)
-        self.url = url
+        self.url = without_secrets(url)
+        self.refused = refused
+        self.undurable = undurable
+        self.denied = denied
 
 
 class SaveFailed(CheckpointError):
@@ -120,7 +165,7 @@ class SaveFailed(CheckpointError):
         committed: bool | None = False,
     ) -> None:
         super().__init__(message)
-        self.failures = dict(failures or {})
+        self.failures = _told(failures)
         self.committed = committed
 
 
@@ -130,6 +175,9 @@ class LoadFailed(CheckpointError):
     Attributes:
         failures: Rank → what happened there.
         touched: Names in the net that may be partly overwritten (empty when nothing changed).
+        damaged: Whether bytes of the checkpoint are damaged or missing: then no later attempt will
+            do better.
+        gone: Whether the checkpoint was deleted or replaced meanwhile: then another is there.
     """
 
     def __init__(
@@ -138,10 +186,14 @@ class LoadFailed(CheckpointError):
         *,
         failures: Mapping[int, str] | None = None,
         touched: Sequence[str] = (),
+        damaged: bool = False,
+        gone: bool = False,
     ) -> None:
         super().__init__(message)
-        self.failures = dict(failures or {})
+        self.failures = _told(failures)
         self.touched = list(touched)
+        self.damaged = damaged
+        self.gone = gone
 
 
 _ATTRIBUTES = (
@@ -152,9 +204,12 @@ _ATTRIBUTES = (
     "ambiguous",
     "mismatched",
     "url",
+    "denied",
     "failures",
     "committed",
     "touched",
+    "damaged",
+    "gone",
 )
 _CLASSES: dict[str, type[CheckpointError]] = {
     kind.__name__: kind
@@ -258,7 +313,7 @@ def raise_together(
 
 
 def _united(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Unite the attributes of errors of one kind: all names that any rank reports."""
+    """Unite the attributes of errors of one kind: all names that any rank reports; all agreeing."""
     united = dict(found[0])
     for attributes in found[1:]:
         for name, value in attributes.items():
@@ -266,6 +321,8 @@ def _united(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 united[name] = united[name] | value
             elif isinstance(value, list):
                 united[name] = list(dict.fromkeys([*united[name], *value]))
+            elif isinstance(value, bool):
+                united[name] = united[name] and value
     return united
 
 

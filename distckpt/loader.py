@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from distckpt import codec, dtypes
 from distckpt.errors import (
     CheckpointError,
+    IncompleteCheckpoint,
     LoadFailed,
     MatchError,
     from_plain,
@@ -26,16 +28,17 @@ from distckpt.errors import (
 from distckpt.formats import locate
 from distckpt.load_plan import LoadOptions, plan_load
 from distckpt.manifest import Manifest
-from distckpt.net import Destination, Wanted, collect
+from distckpt.net import Destination, Target, Wanted, collect
 from distckpt.plan import describe, fragments_from_plain, holdings_to_plain
 from distckpt.reader import (
     BlockReader,
+    Skipped,
     StoredFile,
     Work,
     exchange,
     read_manifest,
     stored_dtype,
-    was_replaced,
+    why_gone,
 )
 from distckpt.region import Region
 from distckpt.state import FlatState, PerRank
@@ -44,6 +47,8 @@ from distckpt.team import COORDINATOR, Late, Operation, Team
 from distckpt.waiting import Waiting
 
 logger = logging.getLogger(__name__)
+_MOST_LISTED = 20
+_DAMAGE = frozenset({"CorruptCheckpoint", "IncompleteCheckpoint"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,9 @@ class LoadReport:
         unexpected: Saved names that nothing wanted.
         by_suffix: The wanted names that were matched by suffix.
         cast: Wanted name → the conversion, such as ``"float32 → float16"``.
+        skipped: With ``on_corrupt="skip"``: wanted name → the regions of the whole tensor that
+            could not be read, and that kept what they held; empty for a per-rank value.
+        damage: What was wrong with them: which file and bytes.
         bytes_read: From the storage, by all ranks together.
         seconds: From the call to its end on this rank.
         net: This rank's net, loaded. It is the one that was handed in, unless that is an immutable
@@ -68,6 +76,8 @@ class LoadReport:
     unexpected: list[str]
     by_suffix: list[str] = field(default_factory=list)
     cast: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, list[Region]] = field(default_factory=dict)
+    damage: list[str] = field(default_factory=list)
     bytes_read: int = 0
     seconds: float = 0.0
     net: object = field(default=None, repr=False, compare=False)
@@ -86,6 +96,12 @@ class LoadReport:
             lines.append(
                 f"  converted: {some_names([f'{name} ({how})' for name, how in self.cast.items()])}"
             )
+        if self.skipped:
+            regions = [
+                f"{name}{', '.join(map(str, found))}" for name, found in self.skipped.items()
+            ]
+            lines.append(f"  damaged (kept as they were): {some_names(regions)}")
+            lines += [f"    {what}" for what in self.damage[:_MOST_LISTED]]
         if self.missing:
             lines.append(f"  missing (kept as they were): {some_names(self.missing)}")
         if self.unexpected:
@@ -152,7 +168,7 @@ def load_into(
     try:
         call = {
             "call": f"load_into from {where!r} (strict={options.strict}, cast={options.cast}, "
-            f"verify={options.verify})",
+            f"verify={options.verify}, on_corrupt={options.on_corrupt!r})",
             "error": None if failure is None else to_plain(failure),
             **_describe(wanted, options),
         }
@@ -173,7 +189,9 @@ def load_into(
         if failure is not None:
             raise exc from failure
         raise
-    if team.rank == COORDINATOR and (report.missing or report.by_suffix):
+    if team.rank == COORDINATOR and report.skipped:
+        logger.warning("%s: loaded in part, since bytes are damaged:\n%s", where, report)
+    elif team.rank == COORDINATOR and (report.missing or report.by_suffix):
         logger.warning("%s: not all names were matched exactly:\n%s", where, report)
     return report
 
@@ -243,6 +261,10 @@ def _execute(
     started: float,
 ) -> Waiting[LoadReport]:
     blocks = BlockReader(store, part.files, part.block_bytes, verify=options.verify)
+    if options.progress is not None:
+        total = blocks.bytes_to_read([part.first, part.second], operation.rank)
+        blocks.on_read = partial(_advance, options.progress, total)
+    skipped = Skipped() if options.on_corrupt == "skip" else None
     targets = [target for destination in wanted.destinations for target in destination.targets]
     buffers = [np.empty(length, np.uint8) for _, length in part.blobs]
 
@@ -269,19 +291,24 @@ def _execute(
         inner = Region(region.start[pad:], region.stop[pad:])
         target.put(inner, values.reshape(inner.shape))
 
-    failure = yield from exchange(operation, 2, part.first, blocks, dtype_of=dtype_of, put=look)
+    failure = yield from exchange(
+        operation, 2, part.first, blocks, dtype_of=dtype_of, put=look, skipped=skipped
+    )
     per_rank: dict[str, object] = {}
     if failure is None:
         try:
             _refuse_loss(lost, wanted.destinations)
-            per_rank = _resolve(part, buffers, operation.rank, operation.size, options)
+            read = _read_blobs(part, buffers, _lacking(part, skipped, len(targets)))
+            per_rank = _resolve(part, read, operation.rank, operation.size, options)
         except Exception as exc:  # noqa: BLE001
             failure = exc if isinstance(exc, CheckpointError) else CheckpointError(text(exc))
     # Until here no byte of any net has changed; beyond, only damage found while reading can leave
     # it partly changed.
     settle = _Settle(operation, store, part.save_id)
-    yield from settle(4, failure, {}, 0)
-    failure = yield from exchange(operation, 2, part.second, blocks, dtype_of=dtype_of, put=put)
+    yield from settle(4, failure)
+    failure = yield from exchange(
+        operation, 2, part.second, blocks, dtype_of=dtype_of, put=put, skipped=skipped
+    )
     if failure is None:
         try:
             _finish(wanted, part)
@@ -293,10 +320,17 @@ def _execute(
                 wanted.values[name].replace(value)
         except Exception as exc:  # noqa: BLE001  a net's own assign() may raise anything
             failure = CheckpointError(text(exc))
-    bytes_read = yield from settle(6, failure, touched, blocks.bytes_read)
+    told = yield from settle(
+        6, failure, touched, blocks.bytes_read, _skipped_plain(targets, part, skipped)
+    )
     return LoadReport(
         **part.report,
-        bytes_read=bytes_read,
+        skipped={
+            name: [Region(tuple(start), tuple(stop)) for start, stop in boxes]
+            for name, boxes in told["skipped"].items()
+        },
+        damage=told["damage"],
+        bytes_read=told["bytes"],
         seconds=time.monotonic() - started,
         net=wanted.flat.rebuilt(),
     )
@@ -314,21 +348,23 @@ class _Settle:
         self,
         step: int,
         failure: CheckpointError | None,
-        touched: Mapping[str, None],
-        bytes_read: int,
-    ) -> Waiting[int]:
-        """Return the bytes that all ranks have read."""
+        touched: Iterable[str] = (),
+        bytes_read: int = 0,
+        skipped: Mapping[str, Any] | None = None,
+    ) -> Waiting[dict[str, Any]]:
+        """Return the bytes that all ranks have read, and what they had to skip."""
         outcome = {
             "error": None if failure is None else to_plain(failure),
             "touched": list(touched),
             "bytes": bytes_read,
+            "skipped": skipped,
         }
-        result: dict[str, Any] = {"error": None, "bytes": 0}
+        result: dict[str, Any] = {"error": None}
         try:
             outcomes = yield from self.operation.gather(step, outcome, "finish reading")
             if outcomes is not None:
-                result["bytes"] = sum(found["bytes"] for found in outcomes)
                 self._raise_failures(outcomes)
+                result = {"error": None, **_united(outcomes)}
         except Late as late:
             causes = dict.fromkeys(late.ranks, str(late))
             failed = LoadFailed(f"{self.store.url}: {late}", failures=causes, touched=list(touched))
@@ -340,16 +376,78 @@ class _Settle:
         )
         if result["error"] is not None:
             raise from_plain(result["error"]) from failure
-        return int(result["bytes"])
+        return dict(result)
 
     def _raise_failures(self, outcomes: Sequence[Mapping[str, Any]]) -> None:
         errors = {rank: found["error"] for rank, found in enumerate(outcomes) if found["error"]}
         names = list(dict.fromkeys(name for found in outcomes for name in found["touched"]))
         verb = "load"
         missing = any(error["kind"] == "IncompleteCheckpoint" for error in errors.values())
-        if missing and was_replaced(self.store, self.save_id):
-            verb = "load (the checkpoint was replaced while it was being read: load it again)"
-        raise_together(errors, self.store.url, LoadFailed, verb, own_kind=not names, touched=names)
+        missing |= any(found["skipped"] and found["skipped"]["missing"] for found in outcomes)
+        gone = why_gone(self.store, self.save_id) if missing else None
+        if gone is not None:
+            verb = f"load ({gone})"
+            if not errors:
+                # What is skipped is damage; of another checkpoint nothing may be mixed in.
+                errors = {COORDINATOR: to_plain(IncompleteCheckpoint(gone))}
+        damaged = gone is None and any(
+            error["kind"] in _DAMAGE or error["attributes"].get("denied")
+            for error in errors.values()
+        )
+        raise_together(
+            errors,
+            self.store.url,
+            LoadFailed,
+            verb,
+            own_kind=not names,
+            touched=names,
+            damaged=damaged,
+            gone=gone is not None,
+        )
+
+
+def _united(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Unite what the ranks have read, and had to skip."""
+    regions: dict[str, dict[tuple[Any, Any], None]] = {}
+    damage: dict[str, None] = {}
+    for found in outcomes:
+        if found["skipped"]:
+            damage.update(dict.fromkeys(found["skipped"]["damage"]))
+            for name, boxes in found["skipped"]["regions"].items():
+                regions.setdefault(name, {}).update(dict.fromkeys(boxes))
+    return {
+        "bytes": sum(found["bytes"] for found in outcomes),
+        "skipped": {name: sorted(boxes) for name, boxes in regions.items()},
+        "damage": list(damage),
+    }
+
+
+def _lacking(part: _Part, skipped: Skipped | None, targets: int) -> set[str]:
+    """Name the per-rank values that could not be read."""
+    regions = [] if skipped is None else skipped.regions
+    return {part.blobs[key - targets][0] for key, _ in regions if key >= targets}
+
+
+def _skipped_plain(
+    targets: Sequence[Target], part: _Part, skipped: Skipped | None
+) -> dict[str, Any] | None:
+    """Say plainly what this rank had to skip."""
+    if skipped is None:
+        return None
+    regions: dict[str, list[tuple[Any, Any]]] = {
+        name: [] for name in sorted(_lacking(part, skipped, len(targets)))
+    }
+    for key, region in skipped.regions:
+        if key < len(targets):
+            target = targets[key]
+            pad = len(region.start) - len(target.region.start)
+            box = (region.start[pad:], region.stop[pad:])
+            regions.setdefault(target.destination.tensor.name, []).append(box)
+    return {"regions": regions, "damage": skipped.damage, "missing": skipped.missing}
+
+
+def _advance(progress: Callable[[int, int], None], total: int, done: int) -> None:
+    progress(min(done, total), total)
 
 
 def _refuse_loss(lost: Mapping[str, int], destinations: Sequence[Destination]) -> None:
@@ -371,14 +469,21 @@ def _refuse_loss(lost: Mapping[str, int], destinations: Sequence[Destination]) -
         )
 
 
-def _resolve(
-    part: _Part, buffers: Sequence[np.ndarray], rank: int, size: int, options: LoadOptions
-) -> dict[str, object]:
-    """Decode per-rank values; where the number of ranks changed, let the caller decide."""
+def _read_blobs(
+    part: _Part, buffers: Sequence[np.ndarray], lacking: set[str]
+) -> dict[str, list[Any]]:
+    """Decode the per-rank values that this rank has read: wanted name → one, or every rank's."""
     found: dict[str, list[Any]] = {}
     for (name, length), buffer in zip(part.blobs, buffers, strict=True):
-        value = codec.unpack(buffer.data) if length else None
-        found.setdefault(name, []).append(value)
+        if name not in lacking:
+            found.setdefault(name, []).append(codec.unpack(buffer.data) if length else None)
+    return found
+
+
+def _resolve(
+    part: _Part, found: Mapping[str, list[Any]], rank: int, size: int, options: LoadOptions
+) -> dict[str, object]:
+    """Take the per-rank values; where the number of ranks changed, let the caller decide."""
     if part.same_ranks:
         return {name: values[0] for name, values in found.items()}
     if options.per_rank is None:

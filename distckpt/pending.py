@@ -6,17 +6,18 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 
 from distckpt.arena import Arena
 from distckpt.checkpoint import Checkpoint, StorageOptions, Url
 from distckpt.commit import commit, write
 from distckpt.errors import text
-from distckpt.prepare import Options, Save, prepare
+from distckpt.prepare import Options, Save, prepare, unseen_of
+from distckpt.stats import SaveStats
 from distckpt.team import COORDINATOR, Team
-from distckpt.waiting import Waiting, drive, in_thread
+from distckpt.waiting import Waiting, drive, in_thread, join_at_exit
 
 logger = logging.getLogger(__name__)
+_THREAD = "distckpt-save"
 
 
 def start_save(
@@ -27,6 +28,7 @@ def start_save(
     *,
     storage_options: StorageOptions = None,
     on_committed: Callable[[Checkpoint], None] | None = None,
+    on_failed: Callable[[BaseException], None] | None = None,
 ) -> PendingCheckpoint:
     """Collective. Start a save; see `distckpt.save_async`.
 
@@ -39,6 +41,8 @@ def start_save(
         on_committed: Called at the coordinator after the commit, in the background; what it raises
             is logged.
 
+        on_failed: Called at the coordinator with the error, likewise.
+
     Returns:
         The save in flight.
 
@@ -47,7 +51,7 @@ def start_save(
     """
     arena: Arena = team.memory.setdefault("arena", Arena())
     found = prepare(team, url, state, options, storage_options=storage_options, arena=arena)
-    return PendingCheckpoint(team, found, arena, on_committed)
+    return PendingCheckpoint(team, found, arena, on_committed, on_failed)
 
 
 class PendingCheckpoint:
@@ -55,8 +59,9 @@ class PendingCheckpoint:
 
     It is written by a thread of its own. The commit is driven by that thread, too; where MPI was
     initialised without MPI_THREAD_MULTIPLE, it is driven by the main thread instead, in `done`,
-    `wait`, every collective call of distckpt, and at exit. A failure that nobody waits for is
-    logged.
+    `wait`, every collective call of distckpt, and at exit. A failure is logged; where nobody waits
+    for it, the next save raises it, or the program ends with status 74, unless `on_failure` says
+    otherwise. A program that ends finishes its saves first.
     """
 
     def __init__(
@@ -65,20 +70,25 @@ class PendingCheckpoint:
         save: Save,
         arena: Arena,
         on_committed: Callable[[Checkpoint], None] | None = None,
+        on_failed: Callable[[BaseException], None] | None = None,
     ) -> None:
         self._team = team
         self._save = save
         self._arena = arena
+        self._unseen = unseen_of(team)
         self._on_committed = on_committed
+        self._on_failed = on_failed
         self._written = threading.Event()
         self._ended = threading.Event()  # committed or failed
         self._closed = threading.Event()  # and what was to be done after the commit, too
         self._result: Checkpoint | None = None
         self._error: BaseException | None = None
         self._commit = self._protocol()
+        self._bytes_total = sum(image.length for image in save.images.values())
+        join_at_exit(_THREAD)
         concurrent = team.coordinator.concurrent
         self._thread = threading.Thread(
-            target=self._write_and_commit if concurrent else self._write, name="distckpt-save"
+            target=self._write_and_commit if concurrent else self._write, name=_THREAD
         )
         self._thread.start()
         if not concurrent:
@@ -94,6 +104,23 @@ class PendingCheckpoint:
     def url(self) -> str:
         """Where it is saved to."""
         return self._save.store.url
+
+    @property
+    def bytes_done(self) -> int:
+        """Bytes that this rank has written so far."""
+        return self._save.recorder.nbytes
+
+    @property
+    def bytes_total(self) -> int:
+        """Bytes that this rank writes in all."""
+        return self._bytes_total
+
+    @property
+    def stats(self) -> SaveStats:
+        """What it has cost so far: this rank's part; once committed, at the coordinator, all."""
+        if self._result is not None and self._result.stats is not None:
+            return self._result.stats
+        return SaveStats({self._team.rank: self._save.recorder.stats()})
 
     def wait_staged(self) -> None:
         """Wait until the arrays may change again. Not collective.
@@ -131,6 +158,7 @@ class PendingCheckpoint:
                 pause_s = min(1.6 * pause_s, 2e-3)
         if self._ended.is_set():
             if self._error is not None:
+                self._unseen.see([self._save.save_id])
                 raise self._error
             if self._result is not None:
                 return self._result
@@ -166,19 +194,28 @@ class PendingCheckpoint:
         while not self._written.is_set():
             yield
         try:
-            manifest = yield from commit(self._save)
-            self._result = Checkpoint(self._save.store, manifest, self._save.save_id)
+            manifest, stats = yield from commit(self._save)
+            self._result = Checkpoint(self._save.store, manifest, self._save.save_id, stats)
         except BaseException as exc:  # noqa: BLE001  whoever waits raises it
             self._error = exc
             # Not every caller waits; a failure must not go unnoticed.
             logger.error("%s: the save failed: %s", self.url, text(exc))  # noqa: TRY400
+            if self._save.options.on_failure == "raise":
+                self._unseen.add(self._save.save_id, text(exc))
         self._ended.set()
-        committed, action = self._result, self._on_committed
-        if committed is not None and action is not None and self._team.rank == COORDINATOR:
+        if self._team.rank == COORDINATOR and (self._on_committed or self._on_failed):
             try:
-                yield from in_thread(partial(action, committed))
+                yield from in_thread(self._afterwards)
             except Exception:
+                what = "committed" if self._result is not None else "not committed"
                 logger.exception(
-                    "%s: committed; what was to be done after the commit failed", self.url
+                    "%s: %s; what was to be done after the commit failed", self.url, what
                 )
         self._closed.set()
+
+    def _afterwards(self) -> None:
+        """At the coordinator: do what was to be done after the save."""
+        if self._result is not None and self._on_committed is not None:
+            self._on_committed(self._result)
+        if self._error is not None and self._on_failed is not None:
+            self._on_failed(self._error)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from distckpt import codec, replicas
+from distckpt import codec, failures, replicas
 from distckpt.arena import Arena
+from distckpt.bundle import Distinct
 from distckpt.errors import (
     CheckpointError,
     CheckpointExists,
@@ -34,25 +35,39 @@ from distckpt.plan import (
     WritePart,
     WritePlan,
     describe,
-    holdings_from_plain,
-    holdings_to_plain,
-    part_from_plain,
-    part_to_plain,
+    part_from_bytes,
     plan_write,
+    summarise,
 )
 from distckpt.shardfile import RESERVED_KEYS, ShardImage
-from distckpt.state import FlatState, flatten
+from distckpt.state import FlatState, Flattened, flatten
+from distckpt.stats import Recorder
 from distckpt.store import Store, open_store
-from distckpt.team import COORDINATOR, Late, Operation, Team
-from distckpt.waiting import Waiting
+from distckpt.team import COORDINATOR, Gathered, Late, Operation, Team, ToAll
+from distckpt.waiting import Interrupt, Waiting
 from distckpt.writer import FileRecord, Staged, build_images, stage
 
 _CACHED_PLANS = 4
+
+OnFailure = Literal["raise", "warn"]
+
+
+def check_on_failure(on_failure: OnFailure) -> None:
+    """Refuse what is none.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if on_failure not in get_args(OnFailure):
+        raise ValueError(f"on_failure={on_failure!r}: expected 'raise' or 'warn'")
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """What a save was asked for, besides where and what; see `distckpt.save`.
+
+    `guard` is called at the coordinator immediately before the manifest is written: what it raises
+    fails the save on all ranks.
 
     As text, what differs from the defaults and must be the same on all ranks:
 
@@ -69,6 +84,8 @@ class Options:
     metrics: Mapping[str, float] | None = None
     step: int | None = None
     timeout_s: float = 600.0
+    on_failure: OnFailure = "raise"
+    guard: Callable[[], None] | None = None
 
     def planning(self) -> str:
         """The options that a plan depends on, as text."""
@@ -128,19 +145,28 @@ class _Mine:
         options: Options,
         storage_options: Mapping[str, object] | None,
         *,
+        memory: dict[str, Any],
         is_coordinator: bool,
     ) -> None:
-        """Open the store and take the state apart; what was found before an error stays."""
+        """Open the store and take the state apart; what was found before an error stays.
+
+        *memory* is kept from save to save: a state like the last one is taken apart much faster.
+        """
         self.store = open_store(url, storage_options=storage_options)
         self.where = self.store.url
-        self.flat = flatten(state)
+        flattened: Flattened | None = memory.get("flattened")
+        again = None if flattened is None else flattened.again(state)
+        self.flat = flatten(state) if again is None else again
         # Here, and not where a file of it is made: whether a tensor is cut decides about its key.
         reserved = [leaf.name for leaf in self.flat.tensors if leaf.name in RESERVED_KEYS]
         if reserved:
             raise LayoutError(
                 f"{', '.join(map(repr, reserved))}: shard files need this name; rename the tensor"
             )
-        self.held = describe(self.flat.tensors, list(self.flat.per_rank))
+        if again is None:
+            memory["flattened"] = Flattened(self.flat)
+            memory["held"] = describe(self.flat.tensors, list(self.flat.per_rank))
+        self.held = memory["held"]
         for name, leaf in self.flat.values.items():
             self.values[name] = codec.encode_value(leaf.value)
         for name, leaf in self.flat.per_rank.items():
@@ -176,6 +202,8 @@ class Save:
         failure: What went wrong on this rank (`to_plain`).
         begun: Names of the files that were begun, whether or not they are there.
         written: The files that are there.
+        recorder: Takes the times.
+        interrupt: Whether the user wants it to end.
     """
 
     store: Store
@@ -195,6 +223,8 @@ class Save:
     failure: dict[str, object] | None = None
     begun: list[str] = field(default_factory=list)
     written: list[FileRecord] = field(default_factory=list)
+    recorder: Recorder = field(default_factory=Recorder)
+    interrupt: Interrupt | None = None
 
 
 def prepare(
@@ -223,20 +253,29 @@ def prepare(
     Raises:
         CheckpointError: The same on every rank; nothing was written.
     """
-    operation = team.operation(options.timeout_s)
-    mine = _Mine(str(url))
-    try:
-        mine.look_at(url, state, options, storage_options, is_coordinator=team.rank == COORDINATOR)
-    except Exception as exc:  # noqa: BLE001  a rank that fails still takes part
-        mine.failure = exc
-    try:
-        known, shared = team.drive(_agree(team, operation, mine, options))
-    except Late as late:
-        raise late_error(late, mine.where) from late
-    except CheckpointError as exc:
-        if mine.failure is not None:
-            raise exc from mine.failure
-        raise
+    recorder = Recorder()
+    with recorder.phase("plan"):
+        operation = team.operation(options.timeout_s)
+        mine = _Mine(str(url))
+        try:
+            mine.look_at(
+                url,
+                state,
+                options,
+                storage_options,
+                memory=team.memory,
+                is_coordinator=team.rank == COORDINATOR,
+            )
+        except Exception as exc:  # noqa: BLE001  a rank that fails still takes part
+            mine.failure = exc
+        try:
+            known, shared = team.drive(_agree(team, operation, mine, options))
+        except Late as late:
+            raise late_error(late, mine.where) from late
+        except CheckpointError as exc:
+            if mine.failure is not None:
+                raise exc from mine.failure
+            raise
     if mine.store is None:
         raise SaveFailed(f"{mine.where}: this storage is not open")
     save = Save(
@@ -251,13 +290,16 @@ def prepare(
         values=shared["values"],
         metadata=mine.metadata,
         metrics=mine.metrics,
+        recorder=recorder,
     )
     try:
-        save.images = build_images(mine.flat.tensors, known.part, mine.blobs, rank=team.rank)
-        save.checks = replicas.take_checksums(mine.flat.tensors, known.part, saves=known.saves)
-        if arena is not None:
-            for file, image in save.images.items():
-                save.staged[file] = stage(image, arena)
+        with recorder.phase("check"):
+            save.checks = replicas.take_checksums(mine.flat.tensors, known.part, saves=known.saves)
+        with recorder.phase("stage"):
+            save.images = build_images(mine.flat.tensors, known.part, mine.blobs, rank=team.rank)
+            if arena is not None:
+                for file, image in save.images.items():
+                    save.staged[file] = stage(image, arena)
     except Exception as exc:  # noqa: BLE001  the others learn of it at the commit
         save.failure = to_plain(exc)
     known.saves += 1
@@ -274,28 +316,27 @@ def _agree(
     """
     store, where, values = mine.store, mine.where, mine.values
     plans: dict[bytes, Known] = team.memory.setdefault("plans", {})
-    digest = _digest(mine.held, options)
+    digest = digest_of(mine.held, options)
     known = plans.get(digest)
     known = None if known is None or known.stale else known
 
-    def decide(calls: list[Any]) -> list[Any]:
-        raise_together(
-            {rank: found["error"] for rank, found in enumerate(calls) if found["error"]},
-            where,
-            SaveFailed,
-            "save",
-            own_kind=True,
-        )
+    def decide(calls: Gathered) -> ToAll:
+        raise_together(calls.errors(), where, SaveFailed, "save", own_kind=True)
+        # Ranks mostly say the same: each distinct call is looked at once.
+        distinct = [call for call, _ in calls.distinct()]
+        failed = {key: text for found in distinct for key, text in found["unseen"].items()}
+        if failed:
+            return ToAll({"unseen": failed})
         if not options.overwrite and store is not None:
             refuse_existing(store)
-        generations = {found["generation"] for found in calls}
-        same_values = len({found["values"] for found in calls}) == 1
+        generations = {found["generation"] for found in distinct}
+        same_values = len({found["values"] for found in distinct}) == 1
         answer = {
             "save_id": secrets.randbits(64) or 1,
             "plan": len(generations) > 1 or None in generations,
             "values": not same_values,
         }
-        return [answer] * len(calls)
+        return ToAll(answer)
 
     answer = yield from operation.agree(
         {
@@ -304,50 +345,19 @@ def _agree(
             # Ranks that differ in what to compare next would compare nothing.
             "generation": (known.generation, known.saves) if known else None,
             "values": _digest_values(values),
+            "unseen": unseen_of(team).pending(),
         },
         decide,
         f"join the save to {where}",
     )
-    plan: WritePlan | None = None
+    unseen_of(team).raise_together(where, answer.get("unseen"))
     merged = dict(values)
     if answer["plan"] or answer["values"]:
         try:
-            described = yield from operation.gather(
-                2,
-                {
-                    "holdings": holdings_to_plain(mine.held) if answer["plan"] else None,
-                    "values": dict(values) if answer["values"] else None,
-                },
-                f"describe its state for the save to {where}",
-            )
-        except Late as late:
+            known, merged = yield from _plan_together(operation, mine, options, answer, known)
+        except CheckpointError:
             plans.clear()
-            yield from operation.scatter(3, [{"late": late.told}] * team.size, "plan")
             raise
-        parts: list[Any] | None = None
-        if described is not None:
-            try:
-                plan, merged = _plan(described, merged, answer, options, known)
-                parts = [
-                    {
-                        "error": None,
-                        "files": plan.files if plan else None,
-                        "part": part_to_plain(plan.parts[rank]) if plan else None,
-                    }
-                    for rank in range(team.size)
-                ]
-            except Exception as exc:  # noqa: BLE001  whatever it is, no rank may be left waiting
-                parts = [{"error": to_plain(exc)}] * team.size
-                plans.clear()
-        told = yield from operation.scatter(3, parts, f"plan the save to {where}")
-        if "late" in told:
-            plans.clear()
-            raise Late(*told["late"])
-        if told["error"] is not None:
-            plans.clear()
-            raise from_plain(told["error"])
-        if answer["plan"]:
-            known = Known(operation.number, part_from_plain(told["part"]), told["files"], plan)
     if known is None:
         raise SaveFailed(f"{where}: nothing was planned, and this rank knows no plan")
     plans.pop(digest, None)
@@ -360,8 +370,61 @@ def _agree(
     }
 
 
+def _plan_together(
+    operation: Operation,
+    mine: _Mine,
+    options: Options,
+    answer: Mapping[str, bool],
+    known: Known | None,
+) -> Waiting[tuple[Known | None, dict[str, bytes]]]:
+    """Tell the coordinator what is here, and take this rank's part of the plan that it makes.
+
+    Returns:
+        The plan, and all ranks' plain values.
+    """
+    where, ranks = mine.where, operation.size
+    summary = summarise(mine.held, rank=operation.rank, ranks=ranks)
+    contents = [
+        summary.template if answer["plan"] else b"",
+        summary.own if answer["plan"] else b"",
+        codec.pack(mine.values) if answer["values"] else b"",
+    ]
+    try:
+        described = yield from operation.gather_bytes(
+            2, contents, f"describe its state for the save to {where}"
+        )
+    except Late as late:
+        yield from operation.scatter_bytes(3, _told({"late": late.told}, ranks), "plan")
+        raise
+    plan: WritePlan | None = None
+    merged = dict(mine.values)
+    told: list[Distinct] | None = None
+    if described is not None:
+        try:
+            plan, merged = _plan(described, merged, answer, options, known)
+            told = _told({"error": None, "files": plan.files if plan else None}, ranks)
+            told += plan.parts() if plan else []
+        except Exception as exc:  # noqa: BLE001  whatever it is, no rank may be left waiting
+            told = _told({"error": to_plain(exc)}, ranks)
+    head, *part = yield from operation.scatter_bytes(3, told, f"plan the save to {where}")
+    outcome = codec.unpack(head)
+    if "late" in outcome:
+        raise Late(*outcome["late"])
+    if outcome["error"] is not None:
+        raise from_plain(outcome["error"])
+    if answer["plan"]:
+        mine_of_it = part_from_bytes(part, mine.held, summary)
+        known = Known(operation.number, mine_of_it, outcome["files"], plan)
+    return known, merged
+
+
+def _told(value: object, ranks: int) -> list[Distinct]:
+    """Tell all ranks the same."""
+    return [Distinct([codec.pack(value)], np.zeros(ranks, np.int64))]
+
+
 def _plan(
-    described: Sequence[Mapping[str, Any]],
+    described: Sequence[Distinct],
     values: dict[str, bytes],
     answer: Mapping[str, bool],
     options: Options,
@@ -372,12 +435,14 @@ def _plan(
     Raises:
         LayoutError: What the ranks hold does not fit together.
     """
+    templates, owns, plain = described
     plan = None if known is None else known.plan
     if answer["values"]:
-        values = _merge_values([found["values"] for found in described])
+        values = _merge_values(Gathered(plain))
     if answer["plan"]:
         plan = plan_write(
-            [holdings_from_plain(found["holdings"]) for found in described],
+            templates,
+            owns,
             replicas=options.replicas,
             max_shard_bytes=options.max_shard_bytes,
         )
@@ -410,6 +475,12 @@ def refuse_existing(store: Store) -> None:
     )
 
 
+def unseen_of(team: Team) -> failures.Unseen:
+    """Return the failures of a team's asynchronous saves that nobody was told of."""
+    unseen: failures.Unseen = team.memory.setdefault("unseen", failures.Unseen())
+    return unseen
+
+
 def late_error(late: Late, where: str, *, committed: bool | None = False) -> SaveFailed:
     """Make the error of a save in which ranks were late."""
     return SaveFailed(
@@ -417,11 +488,20 @@ def late_error(late: Late, where: str, *, committed: bool | None = False) -> Sav
     )
 
 
-def _digest(held: Holdings, options: Options) -> bytes:
+def digest_of(held: Holdings, options: Options) -> bytes:
     """Identify what a plan depends on."""
     found = hashlib.blake2b(options.planning().encode(), digest_size=16)
     found.update("\0".join(held.names).encode() + b"\1" + "\0".join(held.per_rank).encode())
-    for column in (held.dtype, held.ndim, held.kind, held.shape, held.start, held.stop):
+    for column in (
+        held.dtype,
+        held.ndim,
+        held.kind,
+        held.shape,
+        held.start,
+        held.stop,
+        held.first,
+        held.last,
+    ):
         found.update(str(column.shape).encode())
         found.update(np.ascontiguousarray(column).data)
     return found.digest()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,14 @@ from distckpt.manifest import MANIFEST_NAME, Manifest, table_bytes
 from distckpt.plan import Fragments
 from distckpt.region import Region, boxes_of_run
 from distckpt.shardfile import checksum, table_digest
-from distckpt.store import Store, read_object
+from distckpt.store import Store, parallel_bytes, read_object
 from distckpt.team import Late, Operation
 from distckpt.waiting import Waiting
 
 # A consumer may be so many rounds behind its reader before the reader waits.
 _ROUNDS_AHEAD = 2
+# Where long reads are faster, one has at most so many bytes.
+_RUN_BYTES = 32 << 20
 # Types that move elements of a size without looking at them.
 _BITS = {np.dtype(kind).itemsize: np.dtype(kind) for kind in ("u1", "u2", "u4", "u8", "c16")}
 
@@ -76,12 +78,19 @@ def read_manifest(store: Store) -> Manifest:
     )
 
 
-def was_replaced(store: Store, save_id: int) -> bool:
-    """Whether another save has taken a checkpoint's place, and so may have deleted its files."""
+def why_gone(store: Store, save_id: int) -> str | None:
+    """Say how a checkpoint ended whose files are missing; None if its manifest is still there."""
     try:
-        return read_manifest(store).save_id != save_id
+        if read_manifest(store).save_id == save_id:
+            return None
+    except (CheckpointNotFound, IncompleteCheckpoint):
+        return (
+            "the checkpoint was deleted while it was being read: use a newer one, and hold it "
+            "(`Checkpoint.hold`)"
+        )
     except (CheckpointError, OSError):
-        return False
+        return None
+    return "the checkpoint was replaced while it was being read: open it again"
 
 
 def stored_files(manifest: Manifest) -> list[StoredFile]:
@@ -98,6 +107,9 @@ def stored_files(manifest: Manifest) -> list[StoredFile]:
 class BlockReader:
     """Reads blocks of a checkpoint's files, and checks them.
 
+    One by one, while each is in the processor's cache; of a store that is better asked for more,
+    runs of blocks that are expected next, of at most 32 MiB. Not for several threads.
+
     Args:
         store: Where they lie.
         files: Number → file.
@@ -106,6 +118,7 @@ class BlockReader:
 
     Attributes:
         bytes_read: So far, tables included.
+        on_read: Called with `bytes_read` after each reading.
     """
 
     def __init__(
@@ -122,7 +135,20 @@ class BlockReader:
         self._verify = verify
         self._tables: dict[int, np.ndarray] = {}
         self._scratch = np.empty(0, np.uint8)
+        run_bytes = min(parallel_bytes(store), _RUN_BYTES)
+        self._most_blocks = max(1, run_bytes // block_bytes)
+        self._expected: frozenset[tuple[int, int]] = frozenset()
+        self._held = (-1, range(0))  # of which file are which blocks in the scratch
         self.bytes_read = 0
+        self.on_read: Callable[[int], None] | None = None
+
+    def expect(self, blocks: Iterable[tuple[int, int]]) -> None:
+        """Say which blocks, (file, block), will be read until this is called again, each once.
+
+        Those of a file are read in rising order. What was said before is forgotten.
+        """
+        self._expected = frozenset(blocks) if self._most_blocks > 1 else frozenset()
+        self._held = (-1, range(0))
 
     def read(self, file: int, block: int) -> np.ndarray:
         """Read one block. The array (uint8) is valid until the next call.
@@ -134,10 +160,10 @@ class BlockReader:
         stored = self._files[file]
         start = block * self._block_bytes
         stop = min(start + self._block_bytes, stored.table_start)
-        if len(self._scratch) < stop - start:
-            self._scratch = np.empty(max(stop - start, min(self._block_bytes, 4 << 20)), np.uint8)
-        data = self._scratch[: stop - start]
-        self._read_into(stored.name, start, data.data)
+        if self._held[0] != file or block not in self._held[1]:
+            self._read_run(file, block)
+        at = (block - self._held[1].start) * self._block_bytes
+        data = self._scratch[at : at + stop - start]
         if self._verify and stored.digest:
             expected, found = int(self.table(file)[block]), checksum(data.data)
             if expected != found:
@@ -148,6 +174,42 @@ class BlockReader:
                     offset_bytes=start,
                 )
         return data
+
+    def _read_run(self, file: int, block: int) -> None:
+        """Read a block into the scratch, and those that follow it and are expected."""
+        last = block + 1
+        while last - block < self._most_blocks and (file, last) in self._expected:
+            last += 1
+        try:
+            self._fill(file, range(block, last))
+        except (CorruptCheckpoint, IncompleteCheckpoint):
+            if last == block + 1:
+                raise
+            # A file that is short or missing: each of its blocks is to have its own answer.
+            self._expected = frozenset(one for one in self._expected if one[0] != file)
+            self._fill(file, range(block, block + 1))
+
+    def _fill(self, file: int, blocks: range) -> None:
+        stored, size = self._files[file], self._block_bytes
+        start, stop = blocks.start * size, min(blocks.stop * size, stored.table_start)
+        if len(self._scratch) < stop - start:
+            self._scratch = np.empty(max(stop - start, min(size, 4 << 20)), np.uint8)
+        self._held = (-1, range(0))
+        self._read_into(stored.name, start, self._scratch[: stop - start].data)
+        self._held = (file, blocks)
+
+    def bytes_to_read(self, works: Sequence[Work], rank: int) -> int:
+        """Bytes of the blocks that a rank reads in some exchanges; their tables come on top."""
+        blocks = {
+            (number, file, block)
+            for number, work in enumerate(works)
+            for reader, file, block in zip(work.reader, work.file, work.block, strict=True)
+            if reader == rank
+        }
+        size = self._block_bytes
+        return sum(
+            min(size, self._files[file].table_start - block * size) for _, file, block in blocks
+        )
 
     def table(self, file: int) -> np.ndarray:
         """Return a file's checksums (uint32), verified against the manifest.
@@ -185,6 +247,8 @@ class BlockReader:
                 "was deleted, or not all files were copied"
             ) from exc
         self.bytes_read += len(buffer)
+        if self.on_read is not None:
+            self.on_read(self.bytes_read)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +316,21 @@ class Work:
 Put = Callable[[int, Region, np.ndarray], None]
 
 
+@dataclass(slots=True)
+class Skipped:
+    """What could not be read, and was left out.
+
+    Attributes:
+        regions: (key, region) of what this rank wanted.
+        damage: What was wrong, of the blocks that this rank read.
+        missing: Whether a file was not there.
+    """
+
+    regions: list[tuple[int, Region]] = field(default_factory=list)
+    damage: list[str] = field(default_factory=list)
+    missing: bool = False
+
+
 def exchange(
     operation: Operation,
     step: int,
@@ -260,6 +339,7 @@ def exchange(
     *,
     dtype_of: Callable[[int], np.dtype],
     put: Put,
+    skipped: Skipped | None = None,
 ) -> Waiting[CheckpointError | None]:
     """Collective. Read this rank's blocks, hand out what others want, and take what it wants.
 
@@ -273,12 +353,13 @@ def exchange(
         blocks: Reads blocks.
         dtype_of: The dtype of the data that a row's key wants, as stored.
         put: Takes (key, region, values) of what this rank wants.
+        skipped: Takes what is damaged or missing; None if that is a failure.
 
     Returns:
         None, or the first failure of this rank, or that another rank reported. Never raises one:
         the others wait.
     """
-    exchanged = _Exchange(operation, step, work, blocks, dtype_of, put)
+    exchanged = _Exchange(operation, step, work, blocks, dtype_of, put, skipped)
     try:
         yield from exchanged.run()
     except Late as late:
@@ -307,6 +388,7 @@ class _Exchange:
     blocks: BlockReader
     dtype_of: Callable[[int], np.dtype]
     put: Put
+    skipped: Skipped | None
     failure: CheckpointError | None = None
 
     def run(self) -> Waiting[None]:
@@ -314,13 +396,14 @@ class _Exchange:
         rank, receive = self.operation.rank, self.operation.receive
         ahead: dict[int, int] = {}  # consumer → messages that it has not acknowledged
         for rows in _rounds(self.work):
-            for consumer, content in self._read(rows).items():
+            for consumer, (content, lost) in self._read(rows).items():
                 while ahead.get(consumer, 0) >= _ROUNDS_AHEAD:
                     yield from receive(consumer, self.step + 1, "take what was read for it")
                     ahead[consumer] -= 1
                 ahead[consumer] = ahead.get(consumer, 0) + 1
                 error = None if self.failure is None else text(self.failure)
-                self.operation.send(consumer, self.step, {"error": error, "data": content})
+                message = {"error": error, "data": content, "lost": lost}
+                self.operation.send(consumer, self.step, message)
             senders = dict.fromkeys(
                 self.work.reader[index]
                 for index in rows
@@ -337,34 +420,65 @@ class _Exchange:
     def _fail(self, exc: Exception) -> None:
         self.failure = exc if isinstance(exc, CheckpointError) else CheckpointError(text(exc))
 
-    def _read(self, rows: range) -> dict[int, np.ndarray]:
-        """Read this rank's blocks of a round; return what each other rank gets of them."""
+    def _read(self, rows: range) -> dict[int, tuple[np.ndarray, list[int]]]:
+        """Read this rank's blocks of a round.
+
+        Returns:
+            What each other rank gets of them, and which of its rows, counted among those that it
+            gets from here in this round, are lost.
+        """
         work, rank = self.work, self.operation.rank
         mine = [index for index in rows if work.reader[index] == rank]
         copies = {index: list(work.copies(index)) for index in mine}
         outgoing = _buffers(work, mine, copies, rank)
-        filled = dict.fromkeys(outgoing, 0)
-        current, data = (-1, -1), np.empty(0, np.uint8)
+        self.blocks.expect((work.file[index], work.block[index]) for index in mine)
+        filled, count = dict.fromkeys(outgoing, 0), dict.fromkeys(outgoing, 0)
+        lost: dict[int, list[int]] = {consumer: [] for consumer in outgoing}
+        current, data = (-1, -1), None
         for index in mine:
             if self.failure is not None:
                 break
-            key, consumer = work.key[index], work.consumer[index]
+            consumer = work.consumer[index]
             try:
                 if current != (work.file[index], work.block[index]):
                     current = (work.file[index], work.block[index])
-                    data = self.blocks.read(*current)
+                    data = self._read_block(*current)
+                if consumer != rank and data is None:
+                    lost[consumer].append(count[consumer])
                 for copy in copies[index]:
                     if consumer == rank:
-                        self.put(key, copy.region, copy.of(data, self.dtype_of(key)))
-                    else:
-                        values = copy.of(data, _BITS[work.itemsize[index]])
-                        at = filled[consumer]
-                        filled[consumer] += values.nbytes
-                        target = outgoing[consumer][at : filled[consumer]].view(values.dtype)
-                        np.copyto(target.reshape(values.shape), values)
+                        self._place(index, copy, data)
+                        continue
+                    kind = _BITS[work.itemsize[index]]
+                    at = filled[consumer]
+                    filled[consumer] += copy.region.size * kind.itemsize
+                    if data is not None:
+                        target = outgoing[consumer][at : filled[consumer]].view(kind)
+                        np.copyto(target.reshape(copy.region.shape), copy.of(data, kind))
+                if consumer != rank:
+                    count[consumer] += 1
             except Exception as exc:  # noqa: BLE001  the others wait for this rank's messages
                 self._fail(exc)
-        return outgoing
+        return {consumer: (content, lost[consumer]) for consumer, content in outgoing.items()}
+
+    def _read_block(self, file: int, block: int) -> np.ndarray | None:
+        """Read a block; None if it is damaged and may be skipped."""
+        try:
+            return self.blocks.read(file, block)
+        except (CorruptCheckpoint, IncompleteCheckpoint) as exc:
+            if self.skipped is None:
+                raise
+            self.skipped.missing |= isinstance(exc, IncompleteCheckpoint)
+            self.skipped.damage.append(str(exc))
+            return None
+
+    def _place(self, row: int, copy: Copy, block: np.ndarray | None) -> None:
+        """Put a part of a block, which this rank has read for itself, in place."""
+        key = self.work.key[row]
+        if block is not None:
+            self.put(key, copy.region, copy.of(block, self.dtype_of(key)))
+        elif self.skipped is not None:
+            self.skipped.regions.append((key, copy.region))
 
     def _take(self, rows: range, sender: int, message: Mapping[str, Any]) -> None:
         """Put a message's bytes in place: the sender's rows and copies, in the same order."""
@@ -374,15 +488,22 @@ class _Exchange:
         if self.failure is not None:
             return
         work, data, at = self.work, message["data"], 0
+        lost = set(message["lost"])
+        sent = [
+            index
+            for index in rows
+            if work.reader[index] == sender and work.consumer[index] == self.operation.rank
+        ]
         try:
-            for index in rows:
-                if work.reader[index] != sender or work.consumer[index] != self.operation.rank:
-                    continue
+            for number, index in enumerate(sent):
                 dtype = self.dtype_of(work.key[index])
                 for copy in work.copies(index):
                     size = copy.region.size * dtype.itemsize
-                    values = data[at : at + size].view(dtype).reshape(copy.region.shape)
-                    self.put(work.key[index], copy.region, values)
+                    if number not in lost:
+                        values = data[at : at + size].view(dtype).reshape(copy.region.shape)
+                        self.put(work.key[index], copy.region, values)
+                    elif self.skipped is not None:
+                        self.skipped.regions.append((work.key[index], copy.region))
                     at += size
         except Exception as exc:  # noqa: BLE001  the others wait for this rank's messages
             self._fail(exc)

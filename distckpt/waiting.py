@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import math
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -43,6 +47,7 @@ class Backlog:
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], bool]] = []
+        self._is_at_exit = False
 
     def add(self, step: Callable[[], bool]) -> None:
         """Add a protocol.
@@ -50,15 +55,14 @@ class Backlog:
         Args:
             step: Advances it without blocking; returns whether it has ended.
         """
-        if not self._steps:
-            atexit.register(self._finish)
+        if not self._is_at_exit:
+            self._is_at_exit = True
+            before_executors_close(self._finish)
         self._steps.append(step)
 
     def advance(self) -> None:
         """Advance all."""
         self._steps = [step for step in self._steps if not step()]
-        if not self._steps:
-            atexit.unregister(self._finish)
 
     def drive(self, protocol: Waiting[T]) -> T:
         """Run a protocol to its end in this thread, and advance these meanwhile."""
@@ -74,10 +78,36 @@ class Backlog:
             time.sleep(1e-3)
 
 
+def before_executors_close(function: Callable[[], None]) -> None:
+    """Have a function called in the main thread when the program ends.
+
+    Earlier than `atexit` has it: remote stores need threads and executors, which are gone by then.
+    """
+    # Its own hook closes all executors; the newest hook is called first.
+    importlib.import_module("concurrent.futures.thread")
+    # Not public, but in every Python since 3.9; without it, local saves still finish.
+    register = getattr(threading, "_register_atexit", atexit.register)
+    with suppress(RuntimeError):  # the program is ending already
+        register(function)
+
+
+@cache
+def join_at_exit(name: str) -> None:
+    """Have all threads of a name joined when the program ends; see `before_executors_close`."""
+
+    def join() -> None:
+        for thread in threading.enumerate():
+            if thread.name == name:
+                thread.join()
+
+    before_executors_close(join)
+
+
 def in_thread(function: Callable[[], T]) -> Waiting[T]:
     """Run a function in a thread of its own, and wait for it without blocking.
 
-    For I/O inside a protocol. Raises what the function raises.
+    For I/O inside a protocol. Raises what the function raises; what is no Exception, such as a
+    library's panic, as a RuntimeError, since a protocol handles those.
     """
     done: list[T] = []
     failed: list[BaseException] = []
@@ -98,5 +128,62 @@ def in_thread(function: Callable[[], T]) -> Waiting[T]:
             yield
         thread.join()
     if failed:
+        if not isinstance(failed[0], Exception):
+            raise RuntimeError(f"{type(failed[0]).__name__}: {failed[0]}") from failed[0]
         raise failed[0]
     return done[0]
+
+
+class Interrupt:
+    """Whether Ctrl-C was pressed while `deferred_interrupt` held it back.
+
+    Attributes:
+        came: It was.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def check(self) -> None:
+        """Raise if it was.
+
+        Raises:
+            InterruptedError: It was.
+        """
+        if self.came:
+            raise InterruptedError("interrupted (Ctrl-C)")
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Interrupt]:
+    """Hold back Ctrl-C while ranks talk to one another, and raise KeyboardInterrupt afterwards.
+
+    A rank that leaves in the middle would keep the others waiting. What takes long looks at
+    `Interrupt.came`, and ends early. A second Ctrl-C is raised at once. In another thread than the
+    main one, and where the program handles the signal itself, nothing is changed.
+    """
+    interrupt = Interrupt()
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+
+    def note(number: int, frame: object) -> None:
+        del number, frame
+        if interrupt.came:
+            raise KeyboardInterrupt
+        interrupt.came = True
+
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupt
+    except Exception as exc:
+        if interrupt.came:
+            raise KeyboardInterrupt from exc
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    if interrupt.came:
+        raise KeyboardInterrupt

@@ -14,7 +14,9 @@ from distckpt.plan import WritePart
 from distckpt.region import Region
 from distckpt.shardfile import Piece, ShardImage, blob_key, checksum, piece_key, table_digest
 from distckpt.state import TensorLeaf
+from distckpt.stats import Recorder
 from distckpt.store import Store
+from distckpt.waiting import Interrupt
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,14 @@ def stage(image: ShardImage, arena: Arena) -> Staged:
 
 
 def write_file(
-    store: Store, name: str, image: ShardImage, staged: Staged | None, *, file: int
+    store: Store,
+    name: str,
+    image: ShardImage,
+    staged: Staged | None,
+    *,
+    file: int,
+    recorder: Recorder,
+    interrupt: Interrupt | None = None,
 ) -> FileRecord:
     """Write a file durably; it is visible under its name when this returns.
 
@@ -121,27 +130,37 @@ def write_file(
         image: Its content.
         staged: A copy of the content; None where the arrays do not change meanwhile.
         file: Its global number.
+        recorder: Takes the times, and counts the bytes.
+        interrupt: Ends the writing early.
 
     Raises:
         StoreError: The store failed. Nothing is visible.
+        InterruptedError: So did the user.
     """
     sink = store.create(name, image.length)
     try:
-        if staged is not None:
-            checksums = staged.checksums
-            sink.write_at(0, staged.buffer[: image.table_start].data)
-        else:
-            checksums = []
-            buffer = np.empty(min(image.block_bytes, image.table_start), np.uint8)
-            for index in range(image.blocks):
-                start, stop = image.block(index)
-                image.fill(buffer[: stop - start], start, stop)
-                data = buffer[: stop - start].data
-                checksums.append(checksum(data))
-                sink.write_at(start, data)
-        table = np.array(checksums, "<u4").tobytes()
-        sink.write_at(image.table_start, table)
-        sink.commit()
+        with recorder.phase("write"):
+            if staged is not None:
+                checksums = staged.checksums
+                sink.write_at(0, staged.buffer[: image.table_start].data)
+                recorder.nbytes += image.table_start
+            else:
+                checksums = []
+                buffer = np.empty(min(image.block_bytes, image.table_start), np.uint8)
+                for index in range(image.blocks):
+                    if interrupt is not None:
+                        interrupt.check()
+                    start, stop = image.block(index)
+                    image.fill(buffer[: stop - start], start, stop)
+                    data = buffer[: stop - start].data
+                    checksums.append(checksum(data))
+                    sink.write_at(start, data)
+                    recorder.nbytes += stop - start
+            table = np.array(checksums, "<u4").tobytes()
+            sink.write_at(image.table_start, table)
+            recorder.nbytes += len(table)
+        with recorder.phase("sync"):
+            sink.commit()
     except BaseException:
         sink.abort()
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 
 import numpy as np
@@ -138,8 +139,8 @@ def test_a_save_cut_at_any_operation_leaves_the_old_checkpoint_or_the_new_one(
         # What was left can be saved over.
         assert error_of(save(store, ranks, 3, overwrite=overwrite or found is not None)) is None
         assert version_of(store, ranks) == 3
-    # A fresh save has nothing to do after its commit; one that replaces has files to delete.
-    assert seen == ({(False, 1), (True, 2)} if overwrite else {(False, None)})
+    # After its commit a save looks whether its files are there; one that replaces deletes others.
+    assert seen == {(False, 1 if overwrite else None), (True, 2)}
 
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["fresh", "overwriting"])
@@ -170,20 +171,20 @@ def test_an_operation_that_fails_once_fails_the_save_and_what_it_wrote_is_gone(
 
         def fail(kind, name, at, number=number):
             if at == number:
-                raise StoreError(f"{name}: {kind} failed, this once")
+                raise StoreError(f"{name}: {kind} failed, this once", refused=True)
 
         faulty = FaultyStore(store, on_operation=fail)
         error = error_of(save(faulty, ranks, 2, how=how, overwrite=overwrite))
-        kind, _ = faulty.operations[number]
         if error is not None:
             assert store.objects == before
             assert "this once" in str(error)
             assert getattr(error, "committed", False) is False
         else:
             assert version_of(store, ranks) == 2
-            if kind != "delete":  # of the replaced files one may stay
+            if not overwrite:  # of the replaced files some may stay
                 assert set(store.objects) == named(store)
-        assert (error is None) == (kind == "delete")
+        put = next((at for at, found in enumerate(faulty.operations) if found[0] == "put"), number)
+        assert (error is None) == (number > put)
 
 
 class LosesAnswers(MemoryStore):
@@ -356,7 +357,8 @@ def test_an_overwritten_checkpoint_is_readable_until_the_new_one_stands():
     put = next(index for index, found in enumerate(seen) if found[0] == "put")
     assert {version for _, _, version in seen[: put + 1]} == {1}
     assert {version for _, _, version in seen[put + 1 :]} == {2}
-    assert {kind for kind, _, _ in seen[put + 1 :]} == {"delete"}
+    # It looks whether its files are there, and whether a reader holds those of the old one.
+    assert {kind for kind, _, _ in seen[put + 1 :]} == {"size", "names", "delete"}
 
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["fresh", "overwriting"])
@@ -378,20 +380,19 @@ def test_what_else_lies_there_is_left_alone_by_a_failed_save():
 
     def fail(kind, name, number):
         if kind == "put":
-            raise StoreError("full")
+            raise StoreError("full", refused=True)
 
     assert isinstance(error_of(save(FaultyStore(store, on_operation=fail), 3, 1)), SaveFailed)
     assert store.objects == _FOREIGN
 
 
-def test_overwriting_deletes_what_the_replaced_manifest_named_and_lists_nothing():
+def test_overwriting_deletes_what_the_replaced_manifest_named_and_nothing_else():
     store = MemoryStore()
     save(store, 3, 1)
     old = named(store) - {MANIFEST_NAME}
     faulty = FaultyStore(store)
     save(faulty, 3, 2, overwrite=True)
     assert {name for kind, name in faulty.operations if kind == "delete"} == old
-    assert not any(kind == "names" for kind, _ in faulty.operations)
 
 
 def test_a_damaged_manifest_can_be_replaced_and_its_files_stay(caplog):
@@ -408,7 +409,7 @@ def test_a_damaged_manifest_can_be_replaced_and_its_files_stay(caplog):
 
 def test_shard_files_lie_beside_those_of_an_attempt_that_died():
     store = MemoryStore()
-    faulty = FaultyStore(store, fail_at=operations(2, overwrite=False) - 1)
+    faulty = FaultyStore(store, fail_at=operations(2, overwrite=False) - 2)  # the manifest's put
     assert error_of(save(faulty, 2, 1)) is not None
     left = set(store.objects)
     assert left
@@ -504,7 +505,7 @@ def test_a_load_during_which_the_checkpoint_is_replaced_says_so(ranks):
 
     messages = set(run_ranks(ranks, load))
     assert len(messages) == 1
-    assert "the checkpoint was replaced while it was being read: load it again" in messages.pop()
+    assert "the checkpoint was replaced while it was being read: open it again" in messages.pop()
     assert version_of(inner, 1) == 2
 
 
@@ -577,3 +578,19 @@ def test_a_checkpoint_replaced_while_it_is_verified_is_not_called_damaged():
     checkpoint = distckpt.open(FaultyStore(store, on_operation=replace_at_the_first_block))
     with pytest.raises(IncompleteCheckpoint, match="replaced while"):
         checkpoint.verify()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_folder_that_is_removed_when_the_manifest_is_put_is_no_checkpoint(tmp_path, ranks):
+    """The put makes the folder anew, with nothing in it."""
+    folder = tmp_path / "run"
+
+    def remove(kind, name, number):
+        if kind == "put":
+            shutil.rmtree(folder)
+
+    faulty = FaultyStore(open_store(folder), on_operation=remove)
+    error = error_of(save(faulty, ranks, 1))
+    assert isinstance(error, SaveFailed)
+    assert "the folder was removed while it was saved to" in str(error)
+    assert version_of(open_store(folder), 2) is None

@@ -223,10 +223,41 @@ def test_verify_names_every_damaged_place_with_what_lies_there(large):
         distckpt.open(large).verify()
     lines = str(caught.value).splitlines()
     assert lines[0] == "memory-store: 3 damaged places:"
-    assert re.search(f"{first}: bytes 4096:8192 are damaged.*holds a.0:1000.\\)", lines[1])
-    assert re.search(f"{first}: bytes 12288:16384 are damaged.*holds b.0:1000.\\)", lines[2])
+    assert re.search(f"{first}: bytes 4096:8192 are damaged.*holds a.0:512.\\)", lines[1])
+    assert re.search(f"{first}: bytes 12288:16384 are damaged.*holds b.24:536.\\)", lines[2])
     assert f"{second}: {length - 1} bytes long, saved were {length}" in lines[3]
     assert "holds a[1000:2000], b[1000:2000]" in lines[3]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_share_the_verification_and_all_raise_all_damage(large, ranks):
+    total = sum(len(data) for name, data in large.objects.items() if name != MANIFEST_NAME)
+    counted = FaultyStore(large)
+    read = run_ranks(ranks, lambda comm: distckpt.open(counted).verify(comm=comm))
+    # Each stretch of a file comes with the file's table, which is read once a thread.
+    assert len(set(read)) == 1
+    assert read[0] >= total
+    names = [damage(large, 0, 5000), damage(large, 1, 13_000)]
+
+    def verify(comm):
+        with pytest.raises(CorruptCheckpoint) as caught:
+            distckpt.open(large).verify(comm=comm)
+        return str(caught.value)
+
+    texts = run_ranks(ranks, verify)
+    assert len(set(texts)) == 1
+    assert "2 damaged places" in texts[0]
+    assert all(name in texts[0] for name in names)
+
+
+def test_a_verification_that_fails_on_one_rank_fails_on_all(large):
+    def verify(comm):
+        fail_at = 3 if comm.rank == 1 else None
+        with pytest.raises(StoreError, match="injected") as caught:
+            distckpt.open(FaultyStore(large, fail_at=fail_at)).verify(comm=comm)
+        return str(caught.value)
+
+    assert len(set(run_ranks(2, verify))) == 1
 
 
 def test_verify_reads_every_byte(large):
