@@ -29,8 +29,8 @@ from distckpt.mindspore import (
     load_param_into_net,
     save_checkpoint,
 )
-from distckpt.mindspore.config import is_due, kept
 from distckpt.mindspore.progress import free_prefix
+from distckpt.policy import Entry, Moment
 
 KEY = bytes(range(16))
 
@@ -428,31 +428,41 @@ def test_a_configuration_that_makes_no_sense_is_refused(arguments, error):
         CheckpointConfig(**arguments)
 
 
-@given(st.lists(st.floats(0, 1e6), max_size=30), st.integers(1, 9), st.integers(1, 99))
-def test_the_newest_file_is_always_kept(times, count, minutes):
+def kept(times, config):
+    """Which of the files, by number, the configuration's policy keeps."""
+    return config.keep_policy().kept([Entry(*each) for each in enumerate(times)])
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=30), st.integers(1, 9), st.integers(1, 99))
+def test_a_number_of_the_newest_files_or_one_a_window_is_kept(times, count, minutes):
     times.sort()
-    newest = {len(times) - 1} if times else set()
-    assert newest <= kept(times, count=count, minutes=None)
-    assert len(kept(times, count=count, minutes=None)) == min(count, len(times))
-    found = sorted(kept(times, count=None, minutes=minutes) - newest)
+    newest = kept(times, CheckpointConfig(keep_checkpoint_max=count))
+    assert newest == set(range(max(0, len(times) - count), len(times)))
+    windows = CheckpointConfig(keep_checkpoint_max=0, keep_checkpoint_per_n_minutes=minutes)
+    found = sorted(kept(times, windows) - {len(times) - 1})
     assert all(times[b] - times[a] >= 60 * minutes for a, b in itertools.pairwise(found))
 
 
 @given(st.lists(st.integers(0, 300), max_size=20))
 def test_what_was_deleted_for_a_window_would_not_be_kept_later(gaps):
     times = np.cumsum(gaps).tolist()
+    config = CheckpointConfig(keep_checkpoint_max=0, keep_checkpoint_per_n_minutes=2)
     on_disk = []
-    for time_s in times:  # as files are written one by one
-        on_disk.append(time_s)
-        keep = kept(on_disk, count=None, minutes=2)
-        on_disk = [each for index, each in enumerate(on_disk) if index in keep]
-    assert on_disk == [times[index] for index in sorted(kept(times, count=None, minutes=2))]
+    for index, time_s in enumerate(times):  # as files are written one by one
+        on_disk.append(Entry(index, time_s))
+        keep = config.keep_policy().kept(on_disk) | {index}
+        on_disk = [each for each in on_disk if each.step in keep]
+    at_once = kept(times, config) | ({len(times) - 1} if times else set())
+    assert {each.step for each in on_disk} == at_once
 
 
-def test_seconds_are_compared_where_steps_are_not():
-    assert not is_due(steps=0, seconds=0, steps_since=9, seconds_since=9)
-    assert not is_due(steps=10, seconds=1, steps_since=9, seconds_since=9)
-    assert is_due(steps=0, seconds=9, steps_since=0, seconds_since=9)
+def test_steps_are_counted_from_the_last_save_and_seconds_only_where_steps_are_not():
+    moment = Moment(9, now_s=9.0, last_step=0, last_save_s=0.0)
+    assert not CheckpointConfig(10, 1).save_policy().due(moment)
+    assert CheckpointConfig(9, 99).save_policy().due(moment)
+    assert CheckpointConfig(0, 9).save_policy().due(moment)
+    assert not CheckpointConfig(0, 10).save_policy().due(moment)
+    assert CheckpointConfig(0, 0).save_policy() is None
 
 
 # ---------------------------------------------------------------------------------- the callback

@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, partial
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
-from distckpt.errors import CheckpointError, text
-from distckpt.formats.base import Place
+from distckpt.errors import text
+from distckpt.events import OnEvent
 from distckpt.mindspore.background import PendingSave
-from distckpt.mindspore.config import CheckpointConfig, is_due, kept
-from distckpt.mindspore.options import is_async, place_to_write
+from distckpt.mindspore.config import CheckpointConfig
+from distckpt.mindspore.files import Files
+from distckpt.mindspore.managed import Managed
+from distckpt.mindspore.options import Hooks
 from distckpt.mindspore.progress import Progress, free_prefix
-from distckpt.mindspore.saving import save_file
 from distckpt.mindspore.values import real
+from distckpt.pending import PendingCheckpoint
 from distckpt.store import open_store
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """A file that a callback has written.
-
-    Attributes:
-        place: Where.
-        time_s: When, by the callback's clock.
-    """
-
-    place: Place
-    time_s: float
+Pending = PendingSave | PendingCheckpoint
 
 
 class ModelCheckpoint:
@@ -70,10 +57,17 @@ class ModelCheckpoint:
         config: When to save, and what to keep.
         saved_network: In place of the configuration's.
         async_save: In place of the configuration's.
-        clock: Seconds, for the policies that count time.
+        clock: Seconds, for the policies that count time; files only.
+        on_event: Called with each `distckpt.events.Event`, as by `distckpt.Manager`.
+        stop_signals: Signals after which the next step is saved and `should_stop` is true.
+        max_seconds: How long the training may take, as for `distckpt.Manager`.
+
+    With ``CheckpointConfig(format="distckpt")`` all ranks save together, in
+    ``<directory>/<prefix>/step-<step>``, by a `distckpt.Manager`; then every rank must make the
+    same calls, and `load_latest_into` resumes.
 
     Raises:
-        TypeError: `config` is no `CheckpointConfig`.
+        TypeError: `config` is no `CheckpointConfig`; a callable for a Manager's folder.
         ValueError: A prefix with ``/``.
     """
 
@@ -96,6 +90,9 @@ class ModelCheckpoint:
         saved_network: object = None,
         async_save: bool | str | None = None,
         clock: Callable[[], float] = time.monotonic,
+        on_event: OnEvent | Iterable[OnEvent] | None = None,
+        stop_signals: Iterable[int] = (),
+        max_seconds: float | None = None,
     ) -> None:
         if config is not None and not isinstance(config, CheckpointConfig):
             raise TypeError(f"config is a {type(config).__name__}; expected a CheckpointConfig")
@@ -106,22 +103,63 @@ class ModelCheckpoint:
             self._config.async_save = async_save
         self._prefix = prefix if callable(prefix) else _checked(prefix)
         self._directory = directory if callable(directory) else _made(directory or Path.cwd())
-        if isinstance(self._prefix, str) and isinstance(self._directory, str):
+        of_files = not self._config.managed
+        if of_files and isinstance(self._prefix, str) and isinstance(self._directory, str):
             self._prefix = free_prefix(self._prefix, open_store(self._directory).names())
-        self._clock = clock
-        self._last_time_s = clock()
-        self._saved_step = 0
         self._progress = Progress()
         self._epoch_is_over = False
         self._context: Any = None  # MindSpore's own, while it drives
-        self._written: list[Written] = []
-        self._latest = ""
-        self._pending: PendingSave | None = None
+        hooks = Hooks(on_event, stop_signals, max_seconds)
+        self._saver: Files | Managed
+        if self._config.managed:
+            self._saver = Managed(self._config, self._root(), hooks)
+        else:
+            folder = None if callable(self._directory) else self._directory
+            self._saver = Files(
+                self._config, self._path, directory=folder, clock=clock, hooks=hooks
+            )
 
     @property
     def latest_ckpt_file_name(self) -> str:
-        """Path of the newest file that is durable; empty before the first."""
-        return self._latest
+        """Path of the newest file, or checkpoint, that is durable; empty before the first."""
+        return self._saver.latest
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the training should stop, or None."""
+        return self._saver.stop_reason
+
+    def should_stop(self) -> bool:
+        """Whether a signal, a halt file or the time says that the training should stop.
+
+        ``Model.train`` is stopped by itself.
+        """
+        return self._saver.stop_reason is not None
+
+    def load_latest_into(
+        self, net: object, *, default: int | None = None, strict: bool = True
+    ) -> int:
+        """Collective. Load the newest checkpoint of format ``"distckpt"``, and count on from it.
+
+        Args:
+            net: As in `distckpt.load_into`.
+            default: What to return where there is none.
+            strict: As in `distckpt.load_into`.
+
+        Returns:
+            Its step.
+
+        Raises:
+            TypeError: Another format, whose files `load_checkpoint` reads.
+            CheckpointError: As in `distckpt.Manager.load_latest_into`.
+        """
+        if not isinstance(self._saver, Managed):
+            raise TypeError(
+                f"format={self._config.format!r}: load the file with load_checkpoint; only "
+                "CheckpointConfig(format='distckpt') has load_latest_into"
+            )
+        self._progress = self._saver.load_latest_into(net, default=default, strict=strict)
+        return self._progress.cur_step_num
 
     # ----------------------------------------------------------------------------- what drives it
 
@@ -135,25 +173,31 @@ class ModelCheckpoint:
         traceback: TracebackType | None,
     ) -> None:
         del kind, traceback
+        try:
+            self._save_what_broke(error)
+        finally:
+            self._saver.close(error)
+
+    def _save_what_broke(self, error: BaseException | None) -> None:
         if error is None or not self._config.exception_save:
             return
         # What ended the training is what the user must see: whatever fails now is only noted.
         try:
-            self._wait()
+            self._saver.wait()
         except Exception as exc:  # noqa: BLE001
             error.add_note(f"an asynchronous save before failed: {text(exc)}")
         try:
             if self._context is not None:
                 self._progress = Progress.of(self._context)
-            if self._saved_net is not None:
-                self._save(ending="_breakpoint")
+            if self._saved_net is not None and isinstance(self._saver, Files):
+                self._saver.save(self._progress, self._net(), ending="_breakpoint")
         except Exception as exc:  # noqa: BLE001
             error.add_note(f"exception_save=True: the save failed, too: {text(exc)}")
 
     def begin(self, run_context: Any) -> None:
         """Note what MindSpore trains; it counts steps from 1 each time."""
         self._context = run_context
-        self._saved_step = 0
+        self._saver.begin(0)
 
     def step_end(
         self,
@@ -162,7 +206,7 @@ class ModelCheckpoint:
         net: object = None,
         step: int | None = None,
         epoch: int | None = None,
-    ) -> PendingSave | None:
+    ) -> Pending | None:
         """Count a step, and save if it is time.
 
         Args:
@@ -178,14 +222,10 @@ class ModelCheckpoint:
             CheckpointError: It can't be saved, or the asynchronous save before failed.
         """
         self._advance(run_context, net, step=step, epoch=epoch)
-        progress = self._progress
-        due = is_due(
-            steps=self._config.save_checkpoint_steps,
-            seconds=self._config.save_checkpoint_seconds,
-            steps_since=progress.cur_step_num - self._saved_step,
-            seconds_since=self._clock() - self._last_time_s,
-        )
-        return self._save() if due and progress.cur_step_num != self._saved_step else None
+        pending = self._saver.step(self._progress, self._net())
+        if run_context is not None and self.should_stop():
+            run_context.request_stop()
+        return pending
 
     def epoch_end(
         self,
@@ -193,7 +233,7 @@ class ModelCheckpoint:
         *,
         net: object = None,
         epoch: int | None = None,
-    ) -> PendingSave | None:
+    ) -> Pending | None:
         """Note that an epoch is over: what follows belongs to the next one.
 
         In a loop that doesn't call `step_end`, each epoch counts as one step, which is saved if it
@@ -234,9 +274,9 @@ class ModelCheckpoint:
             self._progress = Progress.of(run_context)
         elif net is not None:
             self._progress.train_network = net
-        if self._progress.cur_step_num != self._saved_step:
-            self._save()
-        self._wait()
+        if not self._saver.is_saved(self._progress.cur_step_num):
+            self._saver.save(self._progress, self._net())
+        self._saver.wait()
 
     # MindSpore calls these; its base class would call the ones above in an evaluation, too.
 
@@ -284,7 +324,7 @@ class ModelCheckpoint:
         progress = self._progress
         number = progress.cur_step_num + 1 if step is None else step
         if progress.cur_step_num == 0:
-            self._saved_step = number - 1  # a training that goes on has saved what it began with
+            self._saver.begin(number - 1)  # a training that goes on has saved what it began with
         if epoch is None:
             epoch = progress.cur_epoch_num + self._epoch_is_over
         if epoch != progress.cur_epoch_num or self._epoch_is_over or progress.cur_step_num == 0:
@@ -294,61 +334,31 @@ class ModelCheckpoint:
         if net is not None:
             progress.train_network = net
 
-    def _save(self, ending: str = "") -> PendingSave | None:
-        config, progress, net = self._config, self._progress, self._saved_net
-        if net is None:
+    def _net(self) -> object:
+        found = self._saved_net
+        if found is None:
             raise TypeError("which net? pass net= to step_end, or saved_network= to the config")
-        place = place_to_write(self._path(ending), config.format)
-        pending = save_file(
-            place,
-            net,
-            config.options,
-            append_dict=config.entries(epoch=progress.cur_epoch_num, step=progress.cur_step_num),
-            background=is_async(config.async_save) and not ending,
-            then=partial(self._note, place, managed=not ending),
-        )
-        if not ending:
-            self._pending = pending
-            self._saved_step = progress.cur_step_num
-            self._last_time_s = self._clock()
-        return pending
+        return found
 
-    def _path(self, ending: str) -> str:
-        told = self._progress if self._context is None else self._context.original_args()
+    def _path(self, progress: Progress) -> str:
+        """Return where a file of this step lies, without its ending."""
+        told = progress if self._context is None else self._context.original_args()
         directory = self._directory
         if callable(directory):
             directory = _made(directory(told))
         if callable(self._prefix):
             name = _checked(self._prefix(told))
         else:
-            progress = self._progress
             name = f"{self._prefix}-{progress.cur_epoch_num}_{progress.step_in_epoch}"
-        return f"{directory.rstrip('/')}/{name}{ending}.{self._config.format}"
+        return f"{directory.rstrip('/')}/{name}"
 
-    def _note(self, place: Place, *, managed: bool) -> None:
-        """Note a file that is durable now, and delete what it supersedes; maybe in a thread."""
-        self._latest = place.url
-        if not managed:
-            return
-        others = [each for each in self._written if each.place.url != place.url]
-        files = [*others, Written(place, self._clock())]
-        keep = kept(
-            [each.time_s for each in files],
-            count=self._config.keep_checkpoint_max,
-            minutes=self._config.keep_checkpoint_per_n_minutes,
-        )
-        self._written = [each for index, each in enumerate(files) if index in keep]
-        for index, each in enumerate(files):
-            if index not in keep:
-                try:
-                    each.place.parent.delete([each.place.name])
-                except CheckpointError:
-                    logger.warning("%s: can't be deleted", each.place.url, exc_info=True)
-
-    def _wait(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.wait()
+    def _root(self) -> str:
+        """Return the Manager's folder."""
+        if callable(self._prefix) or callable(self._directory):
+            raise TypeError(
+                "format='distckpt': prefix and directory are texts, since a run has one folder"
+            )
+        return f"{self._directory.rstrip('/')}/{self._prefix}"
 
 
 @cache

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from distckpt.mindspore.nets import check_flags, refuse_redundancy
-from distckpt.mindspore.options import FileOptions, is_async
+from distckpt.mindspore.options import MANAGED, FileOptions, is_async
 from distckpt.mindspore.values import to_array
+from distckpt.policy import EverySeconds, KeepEvery, KeepLast, KeepPolicy, Moment, SavePolicy
 
 _COUNTERS = ("epoch_num", "step_num")
 
@@ -30,7 +32,9 @@ class CheckpointConfig:
         exception_save: Whether to save when the training ends with an exception.
         crc_check: Whether to write checksums.
         remove_redundancy: Must be False.
-        format: ``"ckpt"`` or ``"safetensors"``.
+        format: ``"ckpt"`` or ``"safetensors"``; or ``"distckpt"``: checkpoints of all ranks
+            together, by a `distckpt.Manager`, without `append_info`'s tensors, `exception_save` and
+            what is a file's.
         **kwargs: MindSpore's ``incremental`` and ``enable_redundance``, which must be False.
 
     Raises:
@@ -87,7 +91,15 @@ class CheckpointConfig:
         self.saved_network = saved_network
         self.append_dict = _append_dict(append_info)
         self.exception_save = exception_save
-        self.options = FileOptions(format, enc_key, enc_mode, crc_check)
+        self.managed = format == MANAGED
+        if self.managed:
+            _check_managed(
+                self.append_dict,
+                enc_key=enc_key,
+                crc_check=crc_check,
+                exception_save=exception_save,
+            )
+        self.options = FileOptions("ckpt" if self.managed else format, enc_key, enc_mode, crc_check)
 
     @property
     def enc_key(self) -> bytes | None:
@@ -106,8 +118,8 @@ class CheckpointConfig:
 
     @property
     def format(self) -> str:
-        """``"ckpt"`` or ``"safetensors"``."""
-        return self.options.format
+        """``"ckpt"``, ``"safetensors"`` or ``"distckpt"``."""
+        return MANAGED if self.managed else self.options.format
 
     def get_checkpoint_policy(self) -> dict[str, object]:
         """Return when it saves, what it keeps, and the net that it saves."""
@@ -119,6 +131,19 @@ class CheckpointConfig:
             "saved_network": self.saved_network,
         }
 
+    def save_policy(self) -> SavePolicy | None:
+        """Return when to save, as a policy of the Manager's; never but at the end, if None."""
+        if self.save_checkpoint_steps:
+            return StepsSince(self.save_checkpoint_steps)
+        seconds = self.save_checkpoint_seconds
+        return EverySeconds(seconds) if seconds else None
+
+    def keep_policy(self) -> KeepPolicy:
+        """Return what to keep, as a policy of the Manager's."""
+        if self.keep_checkpoint_max:
+            return KeepLast(self.keep_checkpoint_max)
+        return KeepEvery(seconds=60 * (self.keep_checkpoint_per_n_minutes or 0))
+
     def entries(self, *, epoch: int, step: int) -> dict[str, Any]:
         """Return what is appended to a file of this epoch and step."""
         counters = {"epoch_num": epoch, "step_num": step}
@@ -128,44 +153,23 @@ class CheckpointConfig:
         }
 
 
-def is_due(
-    *, steps: int | None, seconds: float | None, steps_since: int, seconds_since: float
-) -> bool:
-    """Whether to save, so many steps and seconds after the last save; steps count before seconds.
+@dataclass(frozen=True, slots=True)
+class StepsSince:
+    """A policy: save so many steps after the last save, whatever their numbers.
+
+    Attributes:
+        steps: How many.
 
     Examples:
-        >>> is_due(steps=10, seconds=None, steps_since=10, seconds_since=0)
-        True
-        >>> is_due(steps=None, seconds=60, steps_since=10, seconds_since=59)
-        False
+        >>> StepsSince(10).due(Moment(25, 0.0, last_step=14)), StepsSince(10).due(Moment(9, 0.0))
+        (True, False)
     """
-    return steps_since >= steps if steps else bool(seconds) and seconds_since >= (seconds or 0)
 
+    steps: int
 
-def kept(times_s: Sequence[float], *, count: int | None, minutes: float | None) -> set[int]:
-    """Return which files to keep, by index; the newest always.
-
-    Args:
-        times_s: When each was saved, in seconds, ascending.
-        count: Keep so many of the newest; counts before the minutes.
-        minutes: Keep the oldest file; then each that is at least so long after the one kept before.
-
-    Examples:
-        >>> sorted(kept([0, 30, 60, 90, 130], count=2, minutes=None))
-        [3, 4]
-        >>> sorted(kept([0, 30, 60, 90, 130], count=None, minutes=1))
-        [0, 2, 4]
-    """
-    newest = len(times_s) - 1
-    if count:
-        return set(range(max(0, newest + 1 - count), newest + 1))
-    found = {newest} if times_s else set()
-    last: float | None = None
-    for index, time_s in enumerate(times_s):
-        if last is None or time_s - last >= 60 * (minutes or 0):
-            found.add(index)
-            last = time_s
-    return found
+    def due(self, moment: Moment) -> bool:
+        """See `distckpt.policy.SavePolicy`."""
+        return moment.step - (moment.last_step or 0) >= self.steps
 
 
 def _check_number(name: str, number: object) -> None:
@@ -175,6 +179,22 @@ def _check_number(name: str, number: object) -> None:
         raise TypeError(f"{name}={number!r}: expected an int or None")
     if number < 0:
         raise ValueError(f"{name}={number}: expected 0 or more")
+
+
+def _check_managed(append_dict: Mapping[str, Any] | None, **options: object) -> None:
+    """Refuse what a checkpoint of all ranks does not have.
+
+    Raises:
+        ValueError: Any of it is asked for.
+    """
+    asked = [name for name, value in options.items() if value]
+    asked += [
+        f"append_info's {name!r}, which is no number or text"
+        for name, value in (append_dict or {}).items()
+        if not isinstance(value, (int, float, str))
+    ]
+    if asked:
+        raise ValueError(f"format={MANAGED!r} does not go with {', '.join(asked)}")
 
 
 def _append_dict(

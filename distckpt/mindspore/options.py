@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from distckpt.events import OnEvent
 from distckpt.formats.base import Place
 from distckpt.mindspore.nets import check_flags
 
@@ -14,6 +15,8 @@ Choice = Callable[[str], bool] | None
 Name = str | os.PathLike[str]
 
 FORMATS = {"ckpt": "mindspore", "safetensors": "safetensors"}
+# What a `ModelCheckpoint` saves through a Manager: no file.
+MANAGED = "distckpt"
 _MODES = ("AES-GCM", "AES-CBC", "SM4-CBC")
 
 
@@ -61,6 +64,21 @@ class FileOptions:
         if self.format == "safetensors":
             return {}
         return {"key": self.key, "mode": self.mode, "crc": self.crc}
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What a `ModelCheckpoint` and a Manager take alike.
+
+    Attributes:
+        on_event: See `distckpt.Manager`.
+        stop_signals: See `distckpt.Manager`.
+        max_seconds: See `distckpt.Manager`.
+    """
+
+    on_event: OnEvent | Iterable[OnEvent] | None = None
+    stop_signals: Iterable[int] = ()
+    max_seconds: float | None = None
 
 
 def is_async(async_save: object) -> bool:

@@ -115,7 +115,7 @@ def save_file(
     append_dict: Mapping[str, Any] | None = None,
     choice_func: Choice = None,
     background: bool = False,
-    then: Callable[[], None] | None = None,
+    ended: Callable[[BaseException | None], None] = lambda _: None,
 ) -> PendingSave | None:
     """Save a file; see `save_checkpoint`.
 
@@ -126,7 +126,7 @@ def save_file(
         append_dict: See `save_checkpoint`.
         choice_func: See `save_checkpoint`.
         background: Whether to copy now and write later.
-        then: Called when the file is durable, by the thread that wrote it.
+        ended: Called when the file is durable, or with what failed, by the thread that wrote it.
 
     Returns:
         The save in flight if it is in the background.
@@ -138,9 +138,12 @@ def save_file(
     write = writer(place, held, texts, options)
 
     def save() -> None:
-        write()
-        if then is not None:
-            then()
+        try:
+            write()
+        except BaseException as exc:
+            ended(exc)
+            raise
+        ended(None)
 
     if background:
         return BACKGROUND.start(place.url, save)
