@@ -12,14 +12,20 @@ SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-mindspore check bench proto docs clean
+.PHONY: help demo demo-s3 test test-mindspore check bench bench-scale proto docs fuzz torture audit dependencies clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo 'PYTHON=python3.12 make ... uses that interpreter for environments that are made anew.'
 
 demo: .venv/.demo ## Train on 4 ranks, kill them in a write, go on with 3 (CHECKPOINTS=folder)
 	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python launch/demo.py
+
+demo-s3: .venv/.test .venv/.demo ## The same on S3: on moto, then on SeaweedFS, which it starts
+	@status=0; for server in moto seaweedfs; do \
+	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python launch/with_s3.py $$server -- \
+	    .venv/bin/python launch/demo.py --checkpoints s3://checkpoints/demo --look || status=1; \
+	done; exit $$status
 
 test: .venv/.test ## Run all tests, and those under MPI a second time with OpenMPI
 	@status=0; \
@@ -31,6 +37,19 @@ test: .venv/.test ## Run all tests, and those under MPI a second time with OpenM
 test-mindspore: .venv-mindspore/.test-mindspore ## Run the tests that need real MindSpore
 	.venv-mindspore/bin/python -m pytest $(MINDSPORE_TESTS)
 
+# Each reader for so many seconds. What breaks a promise is kept in tests/fuzz/corpus, which `test`
+# reads, too.
+SECONDS := 60
+READERS = $(notdir $(wildcard tests/fuzz/corpus/*))
+fuzz: .venv-fuzz/.fuzz ## Throw broken files at each reader (SECONDS=60, READERS="ckpt npz")
+	.venv-fuzz/bin/python tests/fuzz/run.py $(SECONDS) $(READERS)
+
+audit: .venv-audit/.audit .venv/.test ## Ask for known vulnerabilities of what is installed
+	.venv-audit/bin/python .ci/audit.py .venv/lib/python3*/site-packages
+
+dependencies: .venv-audit/.audit ## Write docs/dependencies.md
+	.venv-audit/bin/python .ci/dependencies.py
+
 # lint-imports caches by file, and so forgets that a new module changes what others import.
 check: .venv-check/.check ## Check style, types, layers, and that the generated code is up to date
 	@status=0; \
@@ -41,11 +60,20 @@ check: .venv-check/.check ## Check style, types, layers, and that the generated 
 	run mypy; \
 	run lint-imports --no-cache --no-logo; \
 	run $(MAKE) --no-print-directory .proto-drift; \
+	run python .ci/dependencies.py --check; \
 	exit $$status
 
 bench: .venv/.bench ## Measure (QUICK=1: a shorter run)
 	@test -f benchmarks/run.py || { echo 'There is no benchmarks/run.py yet.' >&2; exit 1; }
 	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python benchmarks/run.py $(if $(QUICK),--quick)
+
+# Each part under a time-out, as many at once as there are cores; fuzzing needs its own environment.
+torture: .venv/.test .venv-fuzz/.fuzz ## Crash, damage, race and fuzz at large; writes docs/reliability.md (QUICK=1: a little, no report)
+	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python tests/torture/run.py \
+	    $(if $(QUICK),--scale quick)
+
+bench-scale: .venv/.bench ## Plan for up to 16,384 ranks, network and storage simulated (QUICK=1: less)
+	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m benchmarks.scale.run $(if $(QUICK),--quick)
 
 proto: .generate ## Generate distckpt/_pb from proto/
 	rm -rf distckpt/_pb
@@ -58,7 +86,7 @@ docs: .venv-docs/.docs ## Build the documentation site in build/site
 	@echo 'Open build/site/index.html'
 
 clean: ## Remove all that the other targets made, but for distckpt/_pb
-	rm -rf .venv .venv-check .venv-docs .venv-mindspore .venv-openmpi build demo dist
+	rm -rf .venv .venv-audit .venv-check .venv-docs .venv-fuzz .venv-mindspore .venv-openmpi build demo dist
 	rm -rf .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -71,9 +99,12 @@ clean: ## Remove all that the other targets made, but for distckpt/_pb
 .venv-openmpi/.test:  extras = openmpi,test-mpi
 .venv-check/.check:   extras = check
 .venv-docs/.docs:     extras = docs
+.venv-fuzz/.fuzz:     extras = fuzz
+.venv-audit/.audit:   extras = audit
 .venv-mindspore/.test-mindspore: extras = test-mindspore
 
 STAMPS := .venv/.demo .venv/.test .venv/.bench .venv-openmpi/.test .venv-check/.check .venv-docs/.docs \
+    .venv-audit/.audit .venv-fuzz/.fuzz \
     .venv-mindspore/.test-mindspore
 
 .SECONDEXPANSION:
@@ -83,7 +114,7 @@ $(STAMPS): pyproject.toml | $$(@D)/bin/pip
 	@touch $@
 
 # pip is the last thing that venv installs: where it is missing, the environment is not whole.
-.venv/bin/pip .venv-openmpi/bin/pip .venv-check/bin/pip .venv-docs/bin/pip \
+.venv/bin/pip .venv-audit/bin/pip .venv-fuzz/bin/pip .venv-openmpi/bin/pip .venv-check/bin/pip .venv-docs/bin/pip \
     .venv-mindspore/bin/pip: %/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo 'distckpt needs Python 3.11 or newer, and $(PYTHON) is not: make PYTHON=...' >&2; exit 1; }

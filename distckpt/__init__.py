@@ -12,6 +12,7 @@ from distckpt.api import (
     save_async,
 )
 from distckpt.checkpoint import Checkpoint, StoredTensor
+from distckpt.clean import CleanReport, clean
 from distckpt.convert import ConvertReport, convert, name_map
 from distckpt.coordinator import Coordinator, Solo
 from distckpt.errors import (
@@ -27,29 +28,57 @@ from distckpt.errors import (
     StoreError,
     UnsupportedFormat,
 )
+from distckpt.events import Event, JsonLines, TensorBoard
 from distckpt.loader import LoadReport
 from distckpt.manager import Manager
 from distckpt.match import Matching, match
 from distckpt.mesh import Mesh
 from distckpt.pending import PendingCheckpoint
-from distckpt.policy import EverySteps, KeepLast
+from distckpt.policy import (
+    AtMostOverhead,
+    AtSteps,
+    Best,
+    EverySeconds,
+    EverySteps,
+    KeepAt,
+    KeepBest,
+    KeepEvery,
+    KeepFor,
+    KeepLast,
+    OnPreemption,
+    YoungDaly,
+)
 from distckpt.region import Region
 from distckpt.state import FlatShard, LazyArray, Net, PerRank, Shard, register_net
+from distckpt.stats import SaveStats
 from distckpt.store import Store
+from distckpt.trace import Trace
+from distckpt.watch import watch
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AtMostOverhead",
+    "AtSteps",
+    "Best",
     "Checkpoint",
     "CheckpointError",
     "CheckpointExists",
     "CheckpointNotFound",
+    "CleanReport",
     "ConvertReport",
     "Coordinator",
     "CorruptCheckpoint",
+    "Event",
+    "EverySeconds",
     "EverySteps",
     "FlatShard",
     "IncompleteCheckpoint",
+    "JsonLines",
+    "KeepAt",
+    "KeepBest",
+    "KeepEvery",
+    "KeepFor",
     "KeepLast",
     "LayoutError",
     "LazyArray",
@@ -60,17 +89,23 @@ __all__ = [
     "Matching",
     "Mesh",
     "Net",
+    "OnPreemption",
     "PendingCheckpoint",
     "PerRank",
     "Region",
     "SaveFailed",
     "SavePlan",
+    "SaveStats",
     "Shard",
     "Solo",
     "Store",
     "StoreError",
     "StoredTensor",
+    "TensorBoard",
+    "Trace",
     "UnsupportedFormat",
+    "YoungDaly",
+    "clean",
     "convert",
     "load",
     "load_into",
@@ -81,4 +116,5 @@ __all__ = [
     "register_net",
     "save",
     "save_async",
+    "watch",
 ]

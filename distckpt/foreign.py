@@ -70,7 +70,8 @@ class Source(Protocol):
     def read_into(self, tensor: int, piece: int, start_byte: int, buffer: memoryview) -> None:
         """Fill a buffer with bytes of a piece, as if it lay little-endian in C order.
 
-        Mostly called with rising offsets and buffers of a few MiB, which cut no element.
+        Mostly called with rising offsets and buffers of a few MiB, which cut no element; of up to
+        32 MiB where the file lies in a store that reads in parallel.
 
         Args:
             tensor: Index in ``contents.tensors``.
@@ -90,15 +91,18 @@ class ForeignStore:
         source: The opened file.
         url: Where it is.
         format: Name of the format.
+        parallel_bytes: That of the store where the file is; see `distckpt.store.parallel_bytes`.
 
     Attributes:
         format: Name of the format.
+        parallel_bytes: See above.
     """
 
-    def __init__(self, source: Source, url: str, format: str) -> None:
+    def __init__(self, source: Source, url: str, format: str, *, parallel_bytes: int = 0) -> None:
         self._source = source
         self._url = url
         self.format = format
+        self.parallel_bytes = parallel_bytes
 
     @property
     def url(self) -> str:
@@ -198,6 +202,10 @@ class ForeignStore:
     def size(self, name: str) -> int:
         """See `Store`."""
         return self._find(name)[2]
+
+    def modified(self, name: str) -> None:
+        """See `Store`; not known."""
+        self._find(name)
 
     def _find(self, name: str) -> tuple[int, int, int]:
         try:

@@ -72,11 +72,17 @@ def main(arguments: Sequence[str]) -> int:
         metavar="URL",
         help=f"where to save; default $CHECKPOINTS, then {CHECKPOINTS}",
     )
-    url = parser.parse_args(arguments).checkpoints.rstrip("/")
+    parser.add_argument(
+        "--look",
+        action="store_true",
+        help="look at the checkpoints at the end, where they won't be there for long",
+    )
+    given = parser.parse_args(arguments)
+    url = given.checkpoints.rstrip("/")
     try:
         clear(url)
         try:
-            return demonstrate(url)
+            return demonstrate(url, look=given.look)
         finally:
             note_what_was_made(url)
     except (DemoError, distckpt.CheckpointError) as exc:
@@ -84,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1
 
 
-def demonstrate(url: str) -> int:
+def demonstrate(url: str, *, look: bool = False) -> int:
     """Do all of it, and tell what happened; return the exit status."""
     began = time.perf_counter()
     promises = Promises()
@@ -95,9 +101,7 @@ def demonstrate(url: str) -> int:
     tell(costs(killed))
 
     scene(f"2. SIGKILL to all of them, each half-way through its file of step {KILLED_IN}")
-    tell(
-        f"Training had gone on beside the write, to step {killed.last_step}. On disk there is now:"
-    )
+    tell(f"Training had gone on beside the write, to step {killed.last_step}. What lies there now:")
     show_store(url)
     promises.check(
         "manifest.binpb" not in open_store(step_url(url, KILLED_IN)).names(),
@@ -146,9 +150,10 @@ def demonstrate(url: str) -> int:
     scene(f"What was promised ({time.perf_counter() - began:.0f} s in all)")
     promises.show()
     scene(f"{PICTURE} shows both curves. The checkpoints are still there:")
-    suggest("ls", url)
-    suggest("ls", step_url(url, STEPS))
-    suggest("verify", step_url(url, STEPS))
+    for command in (("ls", url), ("ls", step_url(url, STEPS)), ("verify", step_url(url, STEPS))):
+        suggest(*command)
+        if look:
+            show_output(*command)
     return 0 if promises.kept else 1
 
 
@@ -405,9 +410,12 @@ def last_committed(url: str) -> int | None:
 def show_store(url: str) -> None:
     """List what a kill left, directory by directory."""
     store = open_store(url)
+    killed_in = f"step-{KILLED_IN:08d}"
     whole: dict[str, int] = {}
     for directory in steps_in(store):
         sizes = {name: store.size(f"{directory}/{name}") for name in store.names(f"{directory}/")}
+        if not sizes:
+            continue  # some servers of objects have directories, and let go of them later
         shards = {name: size for name, size in sizes.items() if name.startswith("shard-")}
         if len(shards) < len(sizes):
             total = sum(sizes.values())
@@ -418,6 +426,8 @@ def show_store(url: str) -> None:
         for name, size in shards.items():
             of = f" of {whole[shard_number(name)]:,}" if shard_number(name) in whole else ""
             print(f"        {name}  {size:,}{of} bytes")
+    if killed_in not in steps_in(store):
+        print(f"     {killed_in}  is not there: this store shows an object when it is whole")
 
 
 def shard_number(name: str) -> str:
@@ -504,7 +514,20 @@ def tell(text: str) -> None:
 
 def suggest(*arguments: str) -> None:
     """Print a command that looks at what the demo leaves."""
-    print(f"   {os.path.relpath(sys.executable)} -m distckpt {' '.join(arguments)}")
+    print(f"   {os.path.relpath(sys.executable)} -m distckpt {' '.join(arguments)}", flush=True)
+
+
+def show_output(*arguments: str) -> None:
+    """Run such a command, and print what it prints.
+
+    Raises:
+        DemoError: It fails.
+    """
+    command = [sys.executable, "-m", "distckpt", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    print(textwrap.indent(ended.stdout, " " * 5), flush=True)
+    if ended.returncode:
+        raise DemoError(f"{' '.join(arguments)} failed\n{ended.stderr}")
 
 
 # ---------------------------------------------------------------------------------- the picture

@@ -10,7 +10,7 @@
 #   PYTHON=/opt/venv/bin/python    another interpreter; it must be there on every host
 #
 # kill -USR1 <pid of mpirun> asks the job to save and stop: both mpiruns pass that signal on to the
-# ranks. After SIGINT and SIGTERM they don't wait for a save.
+# ranks. So does MPICH's after SIGTERM; OpenMPI's leaves a quarter of a second: see graceful.sh.
 set -euo pipefail
 
 if [[ $# -lt 1 || ! -r $1 ]]; then

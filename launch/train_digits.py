@@ -6,12 +6,15 @@ Four ranks, two model replicas of two pieces each, a checkpoint every 50 steps::
         --save-every 50 --checkpoints runs/digits --log runs/digits.jsonl
 
 Stop it however you like and run it again, on the same mesh or another: it goes on after the last
-committed checkpoint. SIGUSR1 makes it save and leave. One process does without mpirun::
+committed checkpoint. SIGTERM, SIGUSR1, SIGUSR2, a file ``runs/digits/halt`` and the end of
+``--max-seconds`` make it save and leave, all ranks after the same step. One process does without
+mpirun::
 
     python launch/train_digits.py --checkpoints runs/digits
 
 What checkpoints cost the author of a training loop is in `train`: a state, which is an ordinary
-nested dict made once (`make_state`), one line that loads it, and one line a step that may save it.
+nested dict made once (`make_state`), a manager that knows when to save and what to keep, one line
+that loads, and two lines a step: one that may save, and one that leaves when it is time to.
 
 The split: the first layer by columns over ``tp``, the second by rows, so that one all-reduce a
 forward pass is enough. The hidden layer has 100 units, which three ranks share as 34, 33 and 33.
@@ -25,9 +28,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -246,13 +247,7 @@ def new_generator_state(values: list[dict], rank: int, size: int) -> dict:
 # ------------------------------------------------------------------------------------- training
 
 
-def train(
-    options: argparse.Namespace,
-    mesh: distckpt.Mesh,
-    comm: MPI.Comm,
-    log: Log,
-    asked_to_stop: threading.Event,
-) -> float:
+def train(options: argparse.Namespace, mesh: distckpt.Mesh, comm: MPI.Comm, log: Log) -> float:
     """Collective. Train up to step ``options.steps``, and return the accuracy on the test set."""
     data = read_digits(options.seed)
     sum_over_all = summed_over(comm)
@@ -268,8 +263,9 @@ def train(
     with distckpt.Manager(
         checkpoint_store(options, comm.rank),
         comm=comm,
-        save=distckpt.EverySteps(options.save_every),
+        save=distckpt.EverySteps(options.save_every) | distckpt.AtSteps(options.steps),
         keep=distckpt.KeepLast(options.keep),
+        max_seconds=options.max_seconds,
     ) as manager:
         start = manager.load_latest_into(state, default=0, per_rank=new_generator_state)
         rng.bit_generator.state = state["rng"].value
@@ -287,9 +283,9 @@ def train(
             optimizer.update(weights, grads, step=step, lr=state["lr"])
 
             looked_at = rng.choice(len(y), min(SPOT_SAMPLES, len(y)), replace=False)
-            # Ranks are asked at different times; all leave after the step in which one has been.
-            told = np.array([accuracy(logits[looked_at], y[looked_at]), asked_to_stop.is_set()])
-            spot, stop = sum_over_all(told) / comm.size
+            spot = (
+                sum_over_all(np.array([accuracy(logits[looked_at], y[looked_at])]))[0] / comm.size
+            )
 
             state["step"] = step
             state["lr"] *= LR_DECAY
@@ -297,17 +293,15 @@ def train(
 
             before_save = time.perf_counter()
             pending = manager.step(step, state, metrics={"loss": loss})
-            if (stop or step == options.steps) and pending is None:
-                pending = manager.save(step, state, metrics={"loss": loss})
             done = time.perf_counter()
 
             if pending is not None:
                 log.saving(step, pending, held_up_s=done - before_save)
             log.step(step, loss, spot, seconds=done - began)
-            if stop:
+            if manager.should_stop():
                 break
 
-    log.finished()
+    log.finished(manager.stop_reason)
     _, logits = forward(weights, data.test_x, sum_over_tp)
     return accuracy(logits, data.test_y)
 
@@ -351,9 +345,12 @@ class Log:
             self._say(f"step {step:>5}  loss {loss:.5f}  {seconds * 1e3:.1f} ms")
         self._committed()
 
-    def finished(self) -> None:
-        """Note what was committed last, after the manager has waited for it."""
+    def finished(self, stop_reason: str | None) -> None:
+        """Note what was committed last, after the manager has waited for it, and why it stopped."""
         self._committed()
+        if stop_reason is not None:
+            self._write(event="stop", reason=stop_reason)
+            self._say(f"saved and stopped: {stop_reason}")
 
     def _committed(self) -> None:
         for step, (began, pending) in list(self._pending.items()):
@@ -424,6 +421,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--checkpoints", required=True, metavar="URL", help="a directory, or anything fsspec knows")
     add("--save-every", type=int, default=50, metavar="N", help="steps between saves")
     add("--keep", type=int, default=3, metavar="N", help="keep the last N (default %(default)s)")
+    add("--max-seconds", type=float, metavar="S", help="save and stop before S seconds are over")
     add("--log", type=Path, metavar="FILE", help="append one JSON line a step to this file")
     add("--evaluate", action="store_true", help="report the accuracy on the test set at the end")
     add(
@@ -442,8 +440,6 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Collective. Run the job; return the exit status."""
     began = time.perf_counter()
-    asked_to_stop = threading.Event()
-    signal.signal(signal.SIGUSR1, lambda *_: asked_to_stop.set())
     options = parse_options(arguments)
 
     # The import starts MPI, which whoever only borrows a function of this file doesn't want.
@@ -461,7 +457,7 @@ def main(arguments: list[str]) -> int:
         return 2
 
     log = Log(options.log, rank=comm.rank, steps=options.steps)
-    score = train(options, mesh, comm, log, asked_to_stop)
+    score = train(options, mesh, comm, log)
     if options.evaluate and comm.rank == 0:
         print(f"accuracy on {TEST_SAMPLES} samples that it has not seen: {score:.1%}", flush=True)
     return 0

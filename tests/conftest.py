@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from servers import faulty_s3, moto, seaweedfs, web  # noqa: F401  fixtures for all test files
 
 from distckpt.store import open_store
 from distckpt.testing import MemoryStore
 
+pytest.register_assert_rewrite("store_contract")
 _MPI = Path(__file__).parent / "mpi"
 
 # Which one: HYPOTHESIS_PROFILE, else ci where the CI variable is set, else dev. No deadlines: the

@@ -1,4 +1,4 @@
-"""``python -m distckpt info|ls|verify URL``."""
+"""``python -m distckpt info|ls|verify|convert|halt URL``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 import distckpt
 from distckpt import Manager, PerRank, Shard
 from distckpt.cli import main, size_text
+from distckpt.manager.halt import parse_halt
 from distckpt.manifest import MANIFEST_NAME
 from distckpt.testing import run_ranks
 
@@ -107,6 +108,15 @@ def test_a_long_value_is_cut(tmp_path, printed):
     _, lines, _ = printed("info", tmp_path)
     (line,) = [line for line in lines if line.startswith("value text")]
     assert line == "value text | '" + "x" * 59
+
+
+def test_what_python_refuses_to_print_is_named(tmp_path, printed):
+    huge = 1 << 20_000
+    distckpt.save(tmp_path, {"n": huge}, metadata={"deep": [huge]})
+    status, lines, _ = printed("info", tmp_path)
+    assert status == 0
+    assert "value n | int of too many digits to print" in lines
+    assert "metadata deep | list of too many digits to print" in lines
 
 
 # --------------------------------------------------------------------------------------------- ls
@@ -304,3 +314,37 @@ def test_convert_replaces_nothing_unless_told_to(checkpoint, tmp_path, printed):
     assert error.startswith("CheckpointExists: ")
     assert printed(*arguments, "--overwrite", "--format", "safetensors")[0] == 0
     assert printed("info", tmp_path / "x.ckpt")[1][1] == "format | safetensors"
+
+
+# -------------------------------------------------------------------------------------------- halt
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ([], "now"),
+        (["--at", "2030-01-31T18:00+01:00"], "at 2030-01-31T18:00+01:00"),
+        (["--after", "3"], "after 3 saves"),
+    ],
+)
+def test_halt_leaves_a_file_that_the_run_will_understand(tmp_path, capsys, options, text):
+    assert main(["halt", str(tmp_path), *options]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/halt: the run will save and stop {text}\n"
+    assert (tmp_path / "halt").read_text() == text
+    parse_halt(text)
+
+
+def test_halt_can_be_taken_back(run):
+    before = sorted(run.iterdir())
+    main(["halt", str(run)])
+    assert sorted(run.iterdir()) == sorted([*before, run / "halt"])
+    assert main(["halt", str(run), "--cancel"]) == 0
+    assert sorted(run.iterdir()) == before
+    assert main(["halt", str(run), "--cancel"]) == 0
+
+
+@pytest.mark.parametrize("options", [["--at", "noon"], ["--after", "0"]])
+def test_halt_refuses_what_the_run_would_not_understand(tmp_path, capsys, options):
+    assert main(["halt", str(tmp_path), *options]) == 1
+    assert f"can't halt '{options[0][2:]} {options[1]}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

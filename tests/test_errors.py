@@ -86,9 +86,14 @@ def test_attributes_say_nothing_by_default():
         "ambiguous": {},
         "mismatched": {},
     }
-    assert vars(StoreError("m")) == {"url": ""}
+    assert vars(StoreError("m")) == {
+        "url": "",
+        "refused": False,
+        "undurable": False,
+        "denied": False,
+    }
     assert vars(SaveFailed("m")) == {"failures": {}, "committed": False}
-    assert vars(LoadFailed("m")) == {"failures": {}, "touched": []}
+    assert vars(LoadFailed("m")) == {"failures": {}, "touched": [], "damaged": False}
 
 
 @by_type

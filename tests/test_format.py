@@ -61,7 +61,7 @@ def files_of(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and ".distckpt" not in path.parts  # a Manager's own notes
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,11 @@ thread_levels = pytest.mark.parametrize("rc", [None, "thread_level=serialized"])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
 def test_the_tests_for_several_ranks_pass(run_inner_tests, ranks):
     run_inner_tests(ranks)
+
+
+@pytest.mark.parametrize("ranks", [16, 32])
+def test_many_ranks_send_one_another_what_the_simulator_says(run_inner_tests, ranks):
+    run_inner_tests(ranks, "test_scale.py")
 
 
 def test_they_pass_where_only_the_main_thread_may_call_mpi(run_inner_tests):
@@ -76,6 +83,24 @@ def test_a_rank_that_is_killed_in_a_save_ends_the_job_and_leaves_a_whole_checkpo
     assert (distckpt.load(folder)["w"] == expected).all()
 
 
+@thread_levels
+def test_mpirun_passes_sigusr1_on_and_all_ranks_save_the_same_step_and_end_well(
+    mpirun, tmp_path, rc
+):
+    def ask(job):
+        while not (tmp_path / "trains").exists():
+            assert job.poll() is None
+            time.sleep(0.01)
+        job.send_signal(signal.SIGUSR1)
+
+    well(mpirun(4, JOBS, "train_until_stopped", tmp_path, rc=rc, meanwhile=ask))
+    run = distckpt.Manager(tmp_path / "run", comm=distckpt.Solo(), stop_signals=())
+    (step,) = run.steps()
+    assert step > 3
+    assert list(run.open(step).per_rank["rank"]) == [[rank, step] for rank in range(4)]
+    assert (run.open(step)["w"][:] == WHOLE + step).all()
+
+
 def test_a_process_that_mpirun_did_not_start_is_alone(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert connect(None).size == 1
@@ -95,12 +120,12 @@ def test_a_process_that_torchrun_started_must_say_with_whom_it_saves(monkeypatch
 def run_inner_tests(mpirun, tmp_path, monkeypatch):
     """Run tests/mpi on so many ranks, and see that they have passed on each."""
 
-    def run(ranks, **keywords):
+    def run(ranks, only="", **keywords):
         monkeypatch.setenv("DISTCKPT_TEST_FOLDER", str(tmp_path / "shared"))
         options = ["--with-mpi", "-x", "-q", "-p", "no:cacheprovider", "--color=no"]
         for option in ("faulthandler_timeout=60", "faulthandler_exit_on_timeout=true"):
             options += ["-o", option]
-        ended = well(mpirun(ranks, "-m", "pytest", *options, INNER, **keywords))
+        ended = well(mpirun(ranks, "-m", "pytest", *options, INNER / only, **keywords))
         if ended.output.count(" passed") != ranks:
             pytest.fail(f"not all ranks have run them:\n{ended.output}", pytrace=False)
 

@@ -3,250 +3,24 @@
 from __future__ import annotations
 
 import errno
-import itertools
+import io
 import os
-import sys
-import threading
+import stat
+import time
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from store_contract import StoreTests, read, write
 
+import distckpt
 from distckpt import StoreError
-from distckpt.store import FsspecStore, LocalStore, PrefixStore, Store, open_store, read_object
+from distckpt.store import FsspecStore, LocalStore, PrefixStore, open_store, partial_of, read_object
+from distckpt.store.transfer import Retries
 from distckpt.testing import FaultyStore, MemoryStore
-
-_THREADS = 6
-
-
-def write(store, name, data, *, pieces=1):
-    """Write an object through a sink, in so many pieces."""
-    sink = store.create(name, len(data))
-    edges = np.linspace(0, len(data), pieces + 1).astype(int).tolist()
-    for start, stop in itertools.pairwise(edges):
-        sink.write_at(start, memoryview(data)[start:stop])
-    sink.commit()
-
-
-def read(store, name, start, stop):
-    buffer = bytearray(stop - start)
-    store.read_into(name, start, memoryview(buffer))
-    return bytes(buffer)
-
-
-def at_once(functions):
-    """Call functions at once, in a thread each; return what each returned or raised."""
-    results = [None] * len(functions)
-    barrier = threading.Barrier(len(functions))
-
-    def run(index):
-        barrier.wait()
-        try:
-            results[index] = functions[index]()
-        except Exception as exc:  # noqa: BLE001  looked at by the test
-            results[index] = exc
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(functions))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
-
-
-@pytest.fixture
-def restless_threads():
-    """Let threads take turns as often as they can, so that races are lost that can be."""
-    previous = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(previous)
-
-
-# ------------------------------------------------------------------------------------ the contract
-
-
-class StoreTests:
-    """What a Store must do; a subclass has a fixture `store`, an empty one."""
-
-    def test_it_is_a_store(self, store):
-        assert isinstance(store, Store)
-        assert open_store(store) is store
-        assert isinstance(store.url, str)
-
-    @pytest.mark.parametrize("pieces", [1, 2, 7])
-    def test_a_committed_object_holds_what_was_written(self, store, pieces):
-        data = bytes(range(256)) * 9
-        write(store, "x", data, pieces=pieces)
-        assert read_object(store, "x") == data
-        assert store.size("x") == len(data)
-
-    def test_a_sink_takes_buffers_of_any_element_type(self, store):
-        values = np.arange(100, dtype=np.float32)
-        sink = store.create("x", values.nbytes + 3)
-        sink.write_at(0, values.data)
-        sink.write_at(values.nbytes, b"end")
-        sink.commit()
-        assert read_object(store, "x") == values.tobytes() + b"end"
-
-    def test_an_empty_object_can_be_stored(self, store):
-        write(store, "sink", b"")
-        store.put("put", b"", replace=False)
-        assert (store.size("sink"), store.size("put")) == (0, 0)
-        assert read_object(store, "sink") == read_object(store, "put") == b""
-
-    def test_a_new_object_is_not_there_before_its_commit(self, store):
-        sink = store.create("x", 4)
-        sink.write_at(0, b"abcd")
-        with pytest.raises(FileNotFoundError):
-            store.size("x")
-        with pytest.raises(FileNotFoundError):
-            read(store, "x", 0, 4)
-        sink.commit()
-        assert read_object(store, "x") == b"abcd"
-
-    def test_an_aborted_object_leaves_nothing(self, store):
-        sink = store.create("x", 4)
-        sink.write_at(0, b"ab")
-        sink.abort()
-        assert store.names() == []
-        write(store, "x", b"again")
-        assert read_object(store, "x") == b"again"
-
-    def test_put_creates_an_object(self, store):
-        store.put("x", b"one", replace=False)
-        assert read_object(store, "x") == b"one"
-        assert store.names() == ["x"]
-
-    def test_put_refuses_an_object_that_is_there(self, store):
-        store.put("x", b"one", replace=False)
-        with pytest.raises(FileExistsError):
-            store.put("x", b"two", replace=False)
-        assert read_object(store, "x") == b"one"
-        assert store.names() == ["x"]
-
-    def test_put_replaces_when_asked_to(self, store):
-        store.put("x", b"longer than two", replace=True)
-        store.put("x", b"two", replace=True)
-        assert read_object(store, "x") == b"two"
-        assert store.size("x") == 3
-        assert store.names() == ["x"]
-
-    @pytest.mark.usefixtures("restless_threads")
-    def test_of_exclusive_puts_that_race_exactly_one_wins(self, store):
-        for number in range(40):
-            name = f"x{number}"
-            puts = [
-                lambda name=name, index=index: store.put(name, bytes([index]) * 99, replace=False)
-                for index in range(_THREADS)
-            ]
-            results = at_once(puts)
-            winners = [index for index, result in enumerate(results) if result is None]
-            assert len(winners) == 1
-            losers = [result for result in results if result is not None]
-            assert all(isinstance(loser, FileExistsError) for loser in losers), losers
-            assert read_object(store, name) == bytes(winners) * 99
-
-    @pytest.mark.usefixtures("restless_threads")
-    def test_a_reader_never_sees_half_of_a_replaced_object(self, store):
-        versions = [bytes([index]) * 2000 for index in range(_THREADS)]
-        store.put("x", versions[0], replace=True)
-
-        def replace(index):
-            for _ in range(20):
-                store.put("x", versions[index], replace=True)
-
-        def look():
-            return {read(store, "x", 0, 2000) for _ in range(60)}
-
-        results = at_once([look, look, *(lambda i=i: replace(i) for i in range(1, _THREADS))])
-        assert results[2:] == [None] * (_THREADS - 1)
-        assert results[0] | results[1] <= set(versions)
-
-    def test_any_range_can_be_read(self, store):
-        data = np.random.default_rng(0).bytes(40)
-        write(store, "x", data)
-        for start in range(41):
-            for stop in range(start, 41):
-                assert read(store, "x", start, stop) == data[start:stop]
-
-    def test_a_range_fills_exactly_the_buffer(self, store):
-        write(store, "x", b"0123456789")
-        buffer = bytearray(b"-" * 8)
-        store.read_into("x", 3, memoryview(buffer)[2:5])
-        assert buffer == b"--345---"
-
-    @pytest.mark.parametrize(("start", "stop"), [(0, 11), (9, 11), (10, 11), (25, 30)])
-    def test_a_range_beyond_the_end_is_told_from_absence(self, store, start, stop):
-        write(store, "x", b"0123456789")
-        with pytest.raises(EOFError):
-            read(store, "x", start, stop)
-
-    def test_absence_is_told_as_absence(self, store):
-        for look in (lambda: store.size("x"), lambda: read(store, "x", 0, 1)):
-            with pytest.raises(FileNotFoundError) as caught:
-                look()
-            assert not isinstance(caught.value, StoreError)
-        with pytest.raises(FileNotFoundError):
-            read_object(store, "x")
-
-    def test_what_would_lie_below_an_object_is_absent(self, store):
-        store.put("x", b"an object", replace=False)
-        with pytest.raises(FileNotFoundError):
-            store.size("x/y")
-        with pytest.raises(FileNotFoundError):
-            read(store, "x/y", 0, 1)
-        assert store.names("x/y/") == []
-        store.delete(["x/y"])
-        assert read_object(store, "x") == b"an object"
-
-    def test_names_lists_what_lies_directly_under_a_prefix(self, store):
-        for name in ("b", "a", "step-1/x", "step-1/deeper/y", "step-10/z"):
-            store.put(name, b"", replace=False)
-        assert store.names() == ["a", "b", "step-1", "step-10"]
-        assert store.names("step-1/") == ["deeper", "x"]
-        assert store.names("step-1/deeper/") == ["y"]
-        assert store.names("step-2/") == []
-
-    def test_names_of_an_empty_store_are_none(self, store):
-        assert store.names() == []
-
-    def test_names_hold_any_character_of_a_file_name(self, store):
-        for name in ("with space", "ünï", "50%", "a#b", "q?", "x@0:1,2:3", "dots.in.it"):
-            store.put(name, name.encode(), replace=False)
-            assert read_object(store, name) == name.encode()
-        assert len(store.names()) == 7
-
-    def test_delete_removes_what_it_is_given_and_nothing_else(self, store):
-        for name in ("a", "b", "c", "sub/a"):
-            store.put(name, b"", replace=False)
-        store.delete(["a", "c"])
-        assert store.names() == ["b", "sub"]
-        assert store.names("sub/") == ["a"]
-
-    def test_deleting_what_is_gone_is_fine(self, store):
-        store.put("a", b"", replace=False)
-        store.delete(["gone", "a", "no/such"])
-        store.delete(["a"])
-        store.delete([])
-        assert store.names() == []
-
-    def test_a_group_whose_objects_are_deleted_is_gone(self, store):
-        write(store, "step/a", b"1")
-        write(store, "step/b", b"2")
-        store.delete(["step/a", "step/b"])
-        assert store.names() == []
-
-    def test_many_threads_may_begin_a_group_at_once(self, store):
-        results = at_once(
-            [lambda i=i: write(store, f"new/group/{i}", bytes([i])) for i in range(_THREADS)]
-        )
-        assert results == [None] * _THREADS
-        assert store.names("new/group/") == [str(index) for index in range(_THREADS)]
 
 
 class TestLocalDirectory(StoreTests):
@@ -404,13 +178,76 @@ def test_a_server_that_ignores_ranges_is_told(tmp_path):
         read(store, "x", 2, 4)
 
 
-def test_a_large_object_goes_in_parts_and_is_whole_in_the_end(tmp_path):
-    store = open_store(f"memory://{tmp_path}/parts")
-    sink = store.create("x", 1 << 40)  # what it says decides, not what then comes
+class ObjectsOnly(MemoryFileSystem):
+    """Shows a file when it is closed, as object stores do."""
+
+    protocol = "gs"
+    store: ClassVar = {}
+    pseudo_dirs: ClassVar = [""]
+
+    def _open(self, path, mode="rb", **options):
+        if mode != "wb":
+            return super()._open(path, mode, **options)
+        return ShownWhenClosed(self, path)
+
+
+class ShownWhenClosed(io.BytesIO):
+    def __init__(self, fs, path):
+        super().__init__()
+        self.fs, self.path = fs, path
+
+    def close(self):
+        if not self.closed:
+            with MemoryFileSystem._open(self.fs, self.path, "wb") as file:
+                file.write(self.getvalue())
+        super().close()
+
+    def discard(self):
+        super().close()
+
+
+class WithDirectories(MemoryFileSystem):
+    """Shows a file as soon as it is begun, as sftp:// and the like do."""
+
+    protocol = "directories"
+    store: ClassVar = {}
+    pseudo_dirs: ClassVar = [""]
+
+
+_LARGE = 1 << 40  # what an object says decides, not what then comes
+
+
+@pytest.mark.parametrize("kind", ["memory", ObjectsOnly, WithDirectories])
+def test_a_large_object_is_not_there_before_its_commit(tmp_path, kind):
+    fs = MemoryFileSystem() if kind == "memory" else kind()
+    store = FsspecStore(fs, f"{tmp_path}/large", "any://large")
+    sink = store.create("x", _LARGE)
     sink.write_at(0, b"abc")
     sink.write_at(3, b"def")
+    assert [name for name in store.names() if partial_of(name) is None] == []
+    with pytest.raises(FileNotFoundError):
+        store.size("x")
     sink.commit()
+    assert store.names() == ["x"]
     assert read_object(store, "x") == b"abcdef"
+
+
+@pytest.mark.parametrize("kind", ["memory", ObjectsOnly, WithDirectories])
+def test_a_large_object_that_is_aborted_leaves_nothing(tmp_path, kind):
+    fs = MemoryFileSystem() if kind == "memory" else kind()
+    store = FsspecStore(fs, f"{tmp_path}/aborted", "any://large")
+    sink = store.create("x", _LARGE)
+    sink.write_at(0, b"abc")
+    sink.abort()
+    assert store.names() == []
+
+
+def test_an_adapter_that_does_not_create_exclusively_is_refused_for_that(tmp_path):
+    obstore_fsspec = pytest.importorskip("obstore.fsspec")
+    store = FsspecStore(obstore_fsspec.FsspecStore("memory"), "run", "memory://run")
+    with pytest.raises(StoreError, match="does not create exclusively") as caught:
+        store.put("x", b"1", replace=False)
+    assert caught.value.refused
 
 
 @pytest.mark.parametrize(
@@ -437,6 +274,146 @@ def test_an_object_larger_than_the_limit_is_not_read(store):
     assert read_object(store, "x", limit_bytes=10) == b"0123456789"
     with pytest.raises(StoreError, match="10 bytes are more than"):
         read_object(store, "x", limit_bytes=9)
+
+
+# ------------------------------------------------------------------------------------ a web server
+
+
+@pytest.fixture(params=[True, False], ids=["with ranges", "without ranges"])
+def served(request, tmp_path, web):
+    """A folder, and a store that reads it from a web server."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    return folder, open_store(web(folder, ranges=request.param) + "/")
+
+
+def test_a_web_server_is_read(served):
+    folder, store = served
+    data = bytes(range(256)) * 9
+    (folder / "x").write_bytes(data)
+    (folder / "empty").write_bytes(b"")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "y@0:1,2:3 ü#%").write_bytes(b"0123")
+    assert read_object(store, "x") == data
+    assert read_object(store, "empty") == b""
+    assert store.size("x") == len(data)
+    assert abs(store.modified("x") - time.time()) < 60
+    for start, stop in ((0, 1), (7, 300), (len(data) - 1, len(data)), (5, 5)):
+        assert read(store, "x", start, stop) == data[start:stop]
+    for start, stop in ((0, len(data) + 1), (len(data), len(data) + 1), (9000, 9001)):
+        with pytest.raises(EOFError):
+            read(store, "x", start, stop)
+    assert store.names() == ["empty", "sub", "x"]
+    assert store.names("sub/") == ["y@0:1,2:3 ü#%"]
+    assert read_object(store, "sub/y@0:1,2:3 ü#%") == b"0123"
+
+
+def test_absence_on_a_web_server_is_told_as_absence(served):
+    _, store = served
+    for look in (store.size, store.modified, lambda name: read(store, name, 0, 1)):
+        with pytest.raises(FileNotFoundError) as caught:
+            look("x")
+        assert not isinstance(caught.value, StoreError)
+    assert store.names("x/") == []
+
+
+def test_a_web_server_is_not_written_to(served):
+    folder, store = served
+    (folder / "x").write_bytes(b"1")
+    for operation in ("put", "create", "delete"):
+        with pytest.raises(StoreError, match="only read from") as caught:
+            _OPERATIONS[operation](store)
+        assert caught.value.refused
+    store.delete([])
+    assert (folder / "x").read_bytes() == b"1"
+
+
+def test_a_large_object_comes_from_a_web_server_in_ranges(tmp_path, web):
+    data = np.random.default_rng(0).bytes(20_000_000)
+    (tmp_path / "x").write_bytes(data)
+    assert read_object(open_store(web(tmp_path, ranges=True)), "x") == data
+
+
+def test_a_large_object_is_not_taken_from_a_web_server_that_ignores_ranges(tmp_path, web):
+    with (tmp_path / "x").open("wb") as file:
+        file.truncate(20_000_000)
+    store = open_store(web(tmp_path, ranges=False))
+    with pytest.raises(StoreError, match=r"this server ignores ranges.*, 20000000"):
+        read(store, "x", 5, 10)
+
+
+def test_a_web_server_that_is_not_there_is_told():
+    store = open_store("http://127.0.0.1:9/run")
+    store._retries = Retries(2, first_pause_s=0.01)
+    with pytest.raises(StoreError, match="Connect"):
+        store.size("x")
+
+
+def test_a_checkpoint_is_loaded_from_a_web_server(tmp_path, web):
+    state = {"w": np.arange(3_000_000.0), "step": 3}
+    distckpt.save(tmp_path / "run", state)
+    url = f"{web(tmp_path, ranges=True)}/run"
+    assert (distckpt.load(url)["w"] == state["w"]).all()
+    assert (distckpt.open(url)["w"][5:9] == state["w"][5:9]).all()
+    distckpt.open(url).verify()
+    with pytest.raises(distckpt.CheckpointNotFound):
+        distckpt.open(f"{url}/nothing")
+
+
+# ------------------------------------------------------------------------------------- directories
+
+
+def test_a_directory_of_the_users_stays_when_it_becomes_empty(tmp_path):
+    (tmp_path / "run").mkdir()
+    store = open_store(tmp_path / "run")
+    store.put("manifest", b"1", replace=False)
+    store.delete(["manifest"])
+    assert (tmp_path / "run").is_dir()
+
+
+def test_a_directory_that_the_store_made_goes_when_it_becomes_empty(tmp_path):
+    store = open_store(tmp_path / "run")
+    store.put("manifest", b"1", replace=False)
+    store.delete(["manifest"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_stores_directory_stays_when_it_becomes_empty(tmp_path):
+    open_store(tmp_path / "run").put("manifest", b"1", replace=False)
+    open_store(tmp_path / "run").delete(["manifest"])
+    assert (tmp_path / "run").is_dir()
+
+
+# --------------------------------------------------------------------------------- temporary names
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [
+        (
+            "shard-00000-of-00004.3f9c2a71d04be816.safetensors.partial",
+            "shard-00000-of-00004.3f9c2a71d04be816.safetensors",
+        ),
+        ("manifest.binpb.3f9c2a71d04be816.partial", "manifest.binpb"),
+        ("manifest.binpb", None),
+        ("shard-00000-of-00004.3f9c2a71d04be816.safetensors", None),
+        ("x.partially", None),
+        ("x.3F9C2A71D04BE816.partial", "x.3F9C2A71D04BE816"),
+    ],
+)
+def test_a_temporary_name_tells_what_it_is_of(name, whole):
+    assert partial_of(name) == whole
+
+
+def test_what_a_dead_process_left_is_listed_under_names_that_are_recognised(tmp_path, monkeypatch):
+    store = open_store(tmp_path)
+    store.create("shard", 4).write_at(0, b"0123")
+    monkeypatch.setattr(Path, "unlink", lambda *args, **options: None)  # it died before
+    store.put("manifest", b"1", replace=False)
+    left = store.names()
+    assert len(left) == 3
+    assert sorted(filter(None, map(partial_of, left))) == ["manifest", "shard"]
+    assert all(time.time() - store.modified(name) < 60 for name in left)
 
 
 # ------------------------------------------------------------------------------------------ prefix
@@ -471,7 +448,9 @@ def calls(tmp_path, monkeypatch):
     opened = {}
 
     def short(path):
-        relative = Path(path).relative_to(tmp_path) if Path(path).is_absolute() else Path(path)
+        if not Path(path).is_relative_to(tmp_path):
+            return None
+        relative = Path(path).relative_to(tmp_path)
         parts = relative.name.split(".")
         # A put's temporary name has a random part, a sink's has none.
         name = f"{parts[0]}.partial" if parts[-1] == "partial" else relative.name
@@ -497,7 +476,8 @@ def calls(tmp_path, monkeypatch):
 
     def fsync(descriptor):
         real_fsync(descriptor)
-        recorded.append(("fsync", opened[descriptor]))
+        if opened[descriptor] is not None:  # what lies above is synced, too
+            recorded.append(("fsync", opened[descriptor]))
 
     def pwrite(descriptor, data, offset):
         recorded.append(("write", opened[descriptor]))
@@ -519,6 +499,7 @@ def test_a_sinks_bytes_are_durable_before_their_name_and_the_name_before_commit_
     write(open_store(tmp_path / "run"), "shard", b"12", pieces=2)
     assert calls == [
         ("create", "run/shard.partial"),
+        ("fsync", "."),
         ("write", "run/shard.partial"),
         ("write", "run/shard.partial"),
         ("fsync", "run/shard.partial"),
@@ -533,6 +514,7 @@ def test_an_exclusive_put_is_written_synced_linked_and_its_directory_synced(tmp_
     open_store(tmp_path / "run").put("manifest", b"1", replace=False)
     assert calls == [
         ("create", "run/manifest.partial"),
+        ("fsync", "."),
         ("write", "run/manifest.partial"),
         ("fsync", "run/manifest.partial"),
         ("link", "run/manifest.partial", "run/manifest"),
@@ -547,6 +529,7 @@ def test_a_replacing_put_is_written_synced_renamed_and_its_directory_synced(tmp_
     open_store(tmp_path / "run").put("manifest", b"1", replace=True)
     assert calls == [
         ("create", "run/manifest.partial"),
+        ("fsync", "."),
         ("write", "run/manifest.partial"),
         ("fsync", "run/manifest.partial"),
         ("replace", "run/manifest.partial", "run/manifest"),
@@ -572,6 +555,25 @@ def test_every_newly_made_ancestor_is_synced_in_its_parent_before_anything_lies_
         ("fsync", "a/b"),
         ("create", "a/b/c/x.partial"),
     ]
+
+
+@pytest.mark.parametrize("kind", ["sink", "put"])
+def test_a_directory_that_another_process_has_made_is_synced_in_its_parent_once(
+    tmp_path, calls, kind
+):
+    """It may have died before it could."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    calls.clear()
+    store = open_store(tmp_path / "a" / "b")
+    for name in ("x", "y"):
+        if kind == "sink":
+            write(store, name, b"1")
+        else:
+            store.put(name, b"1", replace=False)
+    synced = [path for what, path, *_ in calls if what == "fsync"]
+    assert synced.count("a") == 1
+    assert synced.count(".") == 1
+    assert synced.index("a") < synced.index("a/b")
 
 
 def test_a_deletion_is_durable_when_it_returns(tmp_path, calls):
@@ -603,13 +605,63 @@ def test_a_file_system_without_hard_links_is_told_and_nothing_is_left(
     assert store.names() == ["manifest"]
 
 
-@pytest.mark.parametrize("call", ["fsync", "pwrite", "link"])
-def test_a_put_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, call):
+@pytest.mark.parametrize(
+    ("call", "number", "refused"),
+    [
+        ("open", errno.EMFILE, True),
+        ("pwrite", errno.ENOSPC, True),
+        ("fsync", errno.EIO, True),
+        ("link", errno.EACCES, True),
+        ("link", errno.EIO, False),  # a network file system that doesn't know
+        ("link", errno.ETIMEDOUT, False),
+    ],
+)
+def test_a_put_that_fails_leaves_nothing_behind_and_says_whether_it_may_yet_come(
+    tmp_path, monkeypatch, call, number, refused
+):
     store = open_store(tmp_path)
-    monkeypatch.setattr(os, call, failing(errno.EIO))
-    with pytest.raises(StoreError, match="Input/output error"):
-        store.put("manifest", b"1", replace=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, failing(number))
+        with pytest.raises(StoreError, match=os.strerror(number)) as caught:
+            store.put("manifest", b"1", replace=False)
+    assert caught.value.refused is refused
+    assert not caught.value.undurable
     assert store.names() == []
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_name_that_may_not_survive_a_power_loss_is_told(tmp_path, monkeypatch, replace):
+    store = open_store(tmp_path)
+    store.put("first", b"1", replace=True)
+    real = os.fsync
+    synced = []
+
+    def fsync(descriptor):
+        synced.append(descriptor)
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(StoreError, match="may not survive a power loss") as caught:
+        store.put("manifest", b"1", replace=replace)
+    assert len(synced) == 2
+    assert caught.value.undurable
+    assert not caught.value.refused
+    assert store.names() == ["first", "manifest"]
+
+
+def test_a_link_that_a_network_file_system_sent_twice_is_our_own(tmp_path, monkeypatch):
+    store = open_store(tmp_path)
+    real = os.link
+
+    def link(source, target):
+        real(source, target)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+    monkeypatch.setattr(os, "link", link)
+    store.put("manifest", b"1", replace=False)
+    assert store.names() == ["manifest"]
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename"])

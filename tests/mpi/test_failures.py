@@ -214,6 +214,6 @@ def fail_on(here, kind, number=0):
         if here and operation == kind and name != "":
             seen.append(name)
             if len(seen) > number:
-                raise OSError(28, "disk full")
+                raise distckpt.StoreError("disk full", refused=True)
 
     return on_operation

@@ -1,0 +1,31 @@
+"""The folder of a run: the names of its steps' checkpoints."""
+
+from __future__ import annotations
+
+import re
+
+# What a Manager keeps there for itself.
+OWN = ".distckpt"
+
+_STEP = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
+
+
+def step_name(step: int) -> str:
+    """Name of a step's checkpoint below the root.
+
+    Examples:
+        >>> step_name(1000)
+        'step-00001000'
+    """
+    return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """Return which step's checkpoint lies under a name; None if the name is none of a run's.
+
+    Examples:
+        >>> step_of("step-00001000"), step_of("step-1000"), step_of("best")
+        (1000, None, None)
+    """
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None

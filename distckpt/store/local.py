@@ -1,0 +1,263 @@
+"""Local files: the system's own calls, because durability needs fsync of files and directories."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from distckpt.errors import StoreError
+from distckpt.store.base import Buffer, Sink, partial_name, translated
+
+# What a link or a rename answers that was not done. Others, such as EIO and ETIMEDOUT, are what a
+# network file system says when it doesn't know.
+_CERTAIN = frozenset(
+    {
+        *(errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMLINK),
+        *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+        *(errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS),
+    }
+)
+
+
+class LocalStore:
+    """Objects as files below a directory, durable against power loss.
+
+    Args:
+        root: The directory; made with the first object.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._made: set[Path] = set()  # directories that this store has made
+        self._named: set[Path] = set()  # directories whose entries in their parents are durable
+
+    @property
+    def url(self) -> str:
+        """The directory."""
+        return str(self._root)
+
+    def create(self, name: str, length_bytes: int) -> Sink:
+        """See `Store`."""
+        del length_bytes
+        path = self._root / name
+        with translated(str(path), writes=True):
+            partial = path.with_name(partial_name(path.name))
+            return _LocalSink(path, partial, self._create_exclusively(partial))
+
+    def put(self, name: str, data: bytes, *, replace: bool) -> None:
+        """See `Store`. Created by `link`, replaced by `rename`: both are atomic."""
+        path = self._root / name
+        # Not the final name plus a fixed ending: two jobs may be writing at once.
+        partial = path.with_name(partial_name(path.name, secrets.token_hex(8)))
+        try:
+            with _refusing(path):
+                descriptor = self._create_exclusively(partial)
+                try:
+                    _write_all(descriptor, 0, data)
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+            with _refusing(path, when=_CERTAIN):
+                if replace:
+                    partial.replace(path)
+                else:
+                    _link(partial, path)
+            try:
+                _sync_directory(path.parent)
+            except OSError as exc:
+                raise StoreError(
+                    f"{path}: it is there, but its directory could not be synced, so that it may "
+                    f"not survive a power loss: {exc}",
+                    url=str(path),
+                    undurable=True,
+                ) from exc
+        finally:
+            with suppress(OSError):
+                partial.unlink()
+
+    def read_into(self, name: str, start_byte: int, buffer: memoryview) -> None:
+        """See `Store`."""
+        path = self._root / name
+        with translated(str(path)):
+            # Without O_NONBLOCK a pipe, which an archive of a stranger can bring, waits for ever.
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                done = 0
+                while done < len(buffer):
+                    count = os.preadv(descriptor, [buffer[done:]], start_byte + done)
+                    if not count:
+                        raise EOFError(
+                            f"{path} ends at byte {start_byte + done}; "
+                            f"bytes {start_byte}:{start_byte + len(buffer)} were asked for"
+                        )
+                    done += count
+            finally:
+                os.close(descriptor)
+
+    def size(self, name: str) -> int:
+        """See `Store`."""
+        path = self._root / name
+        with translated(str(path)):
+            return path.stat().st_size
+
+    def modified(self, name: str) -> float | None:
+        """See `Store`."""
+        path = self._root / name
+        with translated(str(path)):
+            return path.stat().st_mtime
+
+    def names(self, prefix: str = "") -> list[str]:
+        """See `Store`."""
+        path = self._root / prefix
+        with translated(str(path)):
+            try:
+                return sorted(entry.name for entry in path.iterdir())
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
+    def delete(self, names: Sequence[str]) -> None:
+        """See `Store`.
+
+        A group's directory that becomes empty goes, too. The store's own stays, since it may have
+        been there before any object was; unless this store made it.
+        """
+        paths = [self._root / name for name in names]
+        with translated(self.url):
+            for path in paths:
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    path.unlink()
+            for directory in sorted({path.parent for path in paths}):
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    _sync_directory(directory)
+                if directory != self._root or directory in self._made:
+                    with suppress(OSError):
+                        directory.rmdir()
+                        self._named.discard(directory)
+
+    def _create_exclusively(self, path: Path) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            descriptor = os.open(path, flags, 0o666)
+        except FileNotFoundError:
+            self._made.update(_make_directories(path.parent))
+            descriptor = os.open(path, flags, 0o666)
+        try:
+            self._name_durably(path.parent)
+        except BaseException:
+            os.close(descriptor)
+            with suppress(OSError):
+                path.unlink()
+            raise
+        return descriptor
+
+    def _name_durably(self, directory: Path) -> None:
+        """Sync the entries of a directory, and of those above it, in their parents; once for each.
+
+        Also of those that were there: whoever has made one may have died before it could.
+        """
+        if directory in self._named:
+            return
+        for ancestor in (directory, *directory.parents):
+            if ancestor in self._named or os.path.ismount(ancestor):
+                break
+            if ancestor.is_relative_to(self._root):
+                _sync_directory(ancestor.parent)
+            else:
+                # A user's own, long there; it need not be one that we may read.
+                with suppress(OSError):
+                    _sync_directory(ancestor.parent)
+            self._named.add(ancestor)
+
+
+class _LocalSink:
+    """A file under a temporary name until it is durable."""
+
+    def __init__(self, path: Path, partial: Path, descriptor: int) -> None:
+        self._path, self._partial, self._descriptor = path, partial, descriptor
+
+    def write_at(self, offset_bytes: int, data: Buffer) -> None:
+        with translated(str(self._path), writes=True):
+            _write_all(self._descriptor, offset_bytes, data)
+
+    def commit(self) -> None:
+        with translated(str(self._path), writes=True):
+            os.fsync(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1
+            # Exclusive by the temporary name: both hold the save id, which no other save has.
+            self._partial.rename(self._path)
+            _sync_directory(self._path.parent)
+
+    def abort(self) -> None:
+        with suppress(OSError):
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
+            self._partial.unlink()
+
+
+@contextmanager
+def _refusing(path: Path, *, when: Container[int | None] | None = None) -> Iterator[None]:
+    """Tell of errors that the object certainly doesn't have its name: all, or those in `when`."""
+    try:
+        with translated(str(path), writes=True):
+            yield
+    except StoreError as exc:
+        cause = exc.__cause__
+        exc.refused = when is None or (isinstance(cause, OSError) and cause.errno in when)
+        raise
+
+
+def _link(partial: Path, path: Path) -> None:
+    try:
+        os.link(partial, path)
+    except OSError as exc:
+        with suppress(OSError):
+            if partial.stat().st_nlink > 1:
+                # A network file system sent it twice, and the second was refused: it is ours.
+                return
+        if exc.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        raise StoreError(
+            f"{path}: this file system has no hard links, which a first commit needs; save with "
+            "overwrite=True, or to another file system",
+            url=str(path),
+        ) from exc
+
+
+def _make_directories(path: Path) -> list[Path]:
+    """Make a directory and its ancestors, each durably: an entry lives in its parent.
+
+    Returns:
+        Those that were not there, and that nobody else made meanwhile.
+    """
+    missing: list[Path] = []
+    made: list[Path] = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    for directory in reversed(missing):
+        with suppress(FileExistsError):
+            directory.mkdir()
+            made.append(directory)
+        _sync_directory(directory.parent)
+    return made
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, offset_bytes: int, data: Buffer) -> None:
+    view = memoryview(data).cast("B")
+    done = 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], offset_bytes + done)
