@@ -13,6 +13,7 @@ from distckpt.errors import CheckpointError, size_text, text
 from distckpt.manifest import MANIFEST_NAME
 from distckpt.marks import is_held, name_parts
 from distckpt.reader import read_manifest
+from distckpt.run import OWN, is_note, step_of
 from distckpt.store import PrefixStore, Store, open_store, partial_of
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,8 @@ class Leftover:
 
     Attributes:
         url: The folder that they lie in.
-        save_id: The save's, as in the names; empty for half-written manifests.
+        save_id: The save's, as in the names; empty for half-written manifests and notes of a
+            Manager's.
         names: The objects.
         nbytes: Their lengths together.
         newest_s: When the newest was written, in seconds since 1970; None where the store does not
@@ -44,7 +46,7 @@ class Leftover:
     why_kept: str = ""
 
     def __str__(self) -> str:
-        what = f"save {self.save_id}" if self.save_id else "half-written manifests"
+        what = f"save {self.save_id}" if self.save_id else "half-written notes"
         files = f"{len(self.names)} file{'s' if len(self.names) > 1 else ''}"
         kept = f"; kept: {self.why_kept}" if self.why_kept else ""
         return f"{self.url}: {what}, {files}, {size_text(self.nbytes)}{kept}"
@@ -119,7 +121,7 @@ def clean(
     names = root.names()
     _clean_folder(root, names, report, grace_s=grace_s, now=now)
     for name in names:
-        if name.startswith("step-"):
+        if step_of(name) is not None or name == OWN:
             folder = PrefixStore(root, name)
             _clean_folder(folder, folder.names(), report, grace_s=grace_s, now=now)
     return report
@@ -163,9 +165,9 @@ def _clean_folder(
 
 
 def _save_id(name: str) -> str | None:
-    """Return which save an object is of; empty for a manifest under a temporary name."""
+    """Return which save an object is of; empty for a manifest or note under a temporary name."""
     whole = partial_of(name)
-    if whole == MANIFEST_NAME:
+    if whole is not None and (whole == MANIFEST_NAME or is_note(whole)):
         return ""
     beside = name_parts(name)  # a hold, or a mark of deletion
     if beside is not None:

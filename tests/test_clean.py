@@ -120,6 +120,22 @@ def test_half_written_objects_go_too(tmp_path):
     assert not tmp_path.exists() or not list(tmp_path.iterdir())
 
 
+def test_notes_of_a_manager_that_died_while_it_wrote_them_go_too(tmp_path):
+    with Manager(tmp_path, comm=SOLO) as manager:
+        manager.save(1, state())
+    own = tmp_path / ".distckpt"
+    kept = sorted(path.name for path in own.iterdir())
+    for name in ("epoch-00000002", "index.json", "pin-00000001.json"):
+        (own / f"{name}.0123456789abcdef.partial").write_bytes(b"half")
+    (own / "mine.txt.0123456789abcdef.partial").write_bytes(b"mine")
+    now = later(None)
+    report = clean(tmp_path, dry_run=False, now=lambda: now)
+    assert [found.save_id for found in report.removed] == [""]
+    assert sorted(path.name for path in own.iterdir()) == sorted(
+        [*kept, "mine.txt.0123456789abcdef.partial"]
+    )
+
+
 def test_all_of_a_runs_steps_are_cleaned(tmp_path):
     with Manager(tmp_path, comm=SOLO) as manager:
         for step in (1, 2):
