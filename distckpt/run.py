@@ -8,6 +8,9 @@ import re
 OWN = ".distckpt"
 
 _STEP = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
+_NOTE = re.compile(
+    r"epoch-[0-9]{8}|index\.json|pin-[0-9]{8,}\.json|damaged-[0-9]{8,}-[0-9a-f]{16}\.json"
+)
 
 
 def step_name(step: int) -> str:
@@ -29,3 +32,13 @@ def step_of(name: str) -> int | None:
     """
     match = _STEP.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def is_note(name: str) -> bool:
+    """Whether an object in a Manager's own folder is one of its notes.
+
+    Examples:
+        >>> is_note("epoch-00000007"), is_note("pin-00001000.json"), is_note("notes.txt")
+        (True, True, False)
+    """
+    return _NOTE.fullmatch(name) is not None

@@ -93,7 +93,7 @@ def test_attributes_say_nothing_by_default():
         "denied": False,
     }
     assert vars(SaveFailed("m")) == {"failures": {}, "committed": False}
-    assert vars(LoadFailed("m")) == {"failures": {}, "touched": [], "damaged": False}
+    assert vars(LoadFailed("m")) == {"failures": {}, "touched": [], "damaged": False, "gone": False}
 
 
 @by_type
