@@ -214,6 +214,8 @@ def fail_on(here, kind, number=0):
         if here and operation == kind and name != "":
             seen.append(name)
             if len(seen) > number:
-                raise distckpt.StoreError("disk full", refused=True)
+                if kind == "put":  # a store says whether it has certainly not stored it
+                    raise distckpt.StoreError("disk full", refused=True)
+                raise OSError(28, "disk full")
 
     return on_operation
