@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+import distckpt
 from distckpt import LayoutError, Region, dtypes
 from distckpt.arena import Arena
 from distckpt.manifest import BLOCK_BYTES, table_bytes
-from distckpt.plan import describe, plan_write
 from distckpt.shardfile import (
     Piece,
     ShardImage,
@@ -28,9 +28,9 @@ from distckpt.shardfile import (
     piece_key,
     table_digest,
 )
-from distckpt.state import flatten
+from distckpt.stats import Recorder
 from distckpt.testing import MemoryStore
-from distckpt.writer import build_images, stage, write_file
+from distckpt.writer import stage, write_file
 
 _MANY = settings(max_examples=3 * settings.default.max_examples)
 
@@ -201,10 +201,10 @@ def test_the_header_names_the_pieces_in_the_order_of_the_file_without_holes():
 
 def test_every_tensor_of_a_state_is_aligned_to_its_own_size():
     state = {e.name: random_array(e, (3,), e.code) for e in reversed(dtypes.TABLE)}
-    leaves = flatten(state).tensors
-    plan = plan_write([describe(leaves)])
-    (image,) = build_images(leaves, plan.parts[0], {}, rank=0).values()
-    header, start = header_of(file_of(image))
+    store = MemoryStore()
+    distckpt.save(store, state, comm=distckpt.Solo())
+    (shard,) = distckpt.open(store).manifest.file_names
+    header, start = header_of(store.objects[shard])
     sizes = []
     for name, entry in header.items():
         if name not in {"__metadata__", TABLE}:
@@ -424,7 +424,10 @@ def test_the_sources_are_not_changed():
 def test_a_written_file_is_the_image_and_its_table(staged):
     image = ShardImage([piece("a", LARGE[::-1]), piece("b", np.arange(9, dtype=np.int8))], 4096)
     store, arena = MemoryStore(), Arena()
-    record = write_file(store, "shard", image, stage(image, arena) if staged else None, file=7)
+    recorder = Recorder()
+    copied = stage(image, arena) if staged else None
+    record = write_file(store, "shard", image, copied, file=7, recorder=recorder)
+    assert recorder.nbytes == image.length
     data = file_of(image)
     table_start, _ = table_of(data)
     assert store.objects == {"shard": data}
@@ -439,5 +442,5 @@ def test_what_is_staged_may_change_afterwards():
     staged = stage(image, Arena())
     array[:] = -1
     store = MemoryStore()
-    write_file(store, "shard", image, staged, file=0)
+    write_file(store, "shard", image, staged, file=0, recorder=Recorder())
     assert store.objects["shard"] == before
