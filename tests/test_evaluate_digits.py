@@ -35,5 +35,8 @@ def test_a_run_is_evaluated_while_it_trains_and_keeps_one_checkpoint(mpirun, tmp
     # The same network on the same samples as the run itself has at its end.
     [own] = re.findall(r"accuracy on 360 samples.*: ([\d.]+%)", trained.output)
     assert f"{scores[-1]['accuracy']:.1%}" == own
-    assert [path.name for path in root.glob("step-*")] == ["step-00000100"]
+    left = sorted(path.name for path in root.glob("step-*"))
+    assert left[-1] == "step-00000100"
+    # And perhaps one that was being read when the run's last save deleted the others.
+    assert len(left) <= 2
     assert not list(root.glob("step-*/hold-*"))
