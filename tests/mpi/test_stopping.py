@@ -26,7 +26,7 @@ def kill_myself(number=signal.SIGTERM):
 
 
 def train(comm, *managers, before_step=lambda step: None, start=0):
-    """Train until the managers say stop, all at once; returns the step."""
+    """Train until all managers say stop; returns the step."""
     total = np.zeros(1)
     for step in range(start + 1, LAST):
         comm.Allreduce(np.ones(1), total)
@@ -34,8 +34,7 @@ def train(comm, *managers, before_step=lambda step: None, start=0):
         for manager in managers:
             manager.step(step, {"step": step, "w": np.full(100, float(step))})
         stops = [manager.should_stop() for manager in managers]
-        if any(stops):
-            assert all(stops)
+        if all(stops):
             return step
     return None
 
@@ -122,7 +121,8 @@ def test_a_signal_while_resuming_stops_as_soon_as_it_trains(comm, folder):
     assert step <= 8
 
 
-def test_several_managers_on_one_communicator_stop_together(comm, folder):
+def test_several_managers_on_one_communicator_all_stop(comm, folder):
+    """Each at the same step on all ranks; one may hear of the signal a step later than another."""
     with ExitStack() as stack:
         managers = [
             stack.enter_context(
@@ -136,7 +136,10 @@ def test_several_managers_on_one_communicator_stop_together(comm, folder):
             before_step=lambda step: step == 5 and comm.rank == comm.size - 1 and kill_myself(),
         )
     for manager in managers:
-        assert_stopped(comm, manager, step, f"SIGTERM on rank {comm.size - 1}")
+        saved = comm.allgather((manager.latest(), manager.stop_reason))
+        assert saved == [(saved[0][0], f"SIGTERM on rank {comm.size - 1}")] * comm.size
+        assert step - 2 <= saved[0][0] <= step
+    comm.Barrier()
 
 
 def test_the_halt_file_stops_all_and_is_gone_after(comm, folder):
