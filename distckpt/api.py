@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from distckpt.plan import (
     plan_write,
     summarise,
 )
-from distckpt.prepare import OnFailure, Options, check_on_failure, prepare
+from distckpt.prepare import Lazy, OnFailure, Options, check_on_failure, check_staging, prepare
 from distckpt.reader import read_manifest
 from distckpt.state import FlatState, flatten
 from distckpt.team import Late, connect
@@ -94,7 +94,9 @@ def save_async(
     url: Url,
     state: object,
     *,
-    lazy: bool | Sequence[str] = False,
+    lazy: Lazy = False,
+    check_lazy: bool = False,
+    staging_bytes: int | None = None,
     comm: object = None,
     metadata: Mapping[str, object] | None = None,
     overwrite: bool = False,
@@ -106,12 +108,19 @@ def save_async(
 ) -> PendingCheckpoint:
     """Collective. Start a save: the arrays are copied, and may change when this returns.
 
-    The files are written and committed in the background.
+    The files are written and committed in the background; with `lazy`, copying goes on there, too.
 
     Args:
         url: As in `save`, and so are the other arguments.
         state: As in `save`.
-        lazy: Not supported yet: must be False.
+        lazy: Copy in the background, too: all arrays, or those whose names begin with one of these
+            prefixes. They may not change before `PendingCheckpoint.wait_staged` returns. Arrays
+            that nobody can change, such as JAX's, are never copied.
+        check_lazy: Detect if such an array does change, which fails the save; for debugging, since
+            it reads all of them once more. What was changed and changed back is not seen.
+        staging_bytes: Memory of this rank for copies, of all saves in flight together; as much as
+            it takes by default. If it is less than that, this returns later: when all but so many
+            bytes are written.
         comm: As in `save`.
         metadata: As in `save`.
         overwrite: As in `save`.
@@ -130,14 +139,18 @@ def save_async(
     Raises:
         CheckpointError: As in `save`, for what is wrong with the call; or an earlier save failed,
             and nobody waited for it. What goes wrong later, `wait` raises.
-        ValueError: Another `on_failure`.
+        ValueError: Another `on_failure`, an empty prefix, or too few `staging_bytes` (less than
+            8 MiB).
     """
     check_on_failure(on_failure)
+    check_staging(lazy, staging_bytes)
     options = Options(
         overwrite=overwrite,
         replicas=replicas,
         max_shard_bytes=max_shard_bytes,
         lazy=lazy,
+        check_lazy=check_lazy,
+        staging_bytes=staging_bytes,
         metadata=metadata,
         timeout_s=timeout_s,
         on_failure=on_failure,

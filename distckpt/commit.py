@@ -28,11 +28,12 @@ from distckpt.manifest import BLOCK_BYTES, MANIFEST_NAME, Manifest, shard_name
 from distckpt.plan import WritePlan
 from distckpt.prepare import Save, late_error
 from distckpt.reader import why_gone
+from distckpt.shardfile import ShardImage
 from distckpt.stats import RankStats, SaveStats
 from distckpt.store import Store, read_object
 from distckpt.team import COORDINATOR, Late
 from distckpt.waiting import Waiting, in_thread
-from distckpt.writer import write_file
+from distckpt.writer import FileRecord, write_image, write_staged
 
 logger = logging.getLogger(__name__)
 # How long a network file system may take to show the coordinator a file that another node has made.
@@ -44,25 +45,32 @@ def write(save: Save) -> None:
     if save.failure is not None:
         return
     try:
+        if save.staging is not None and save.staging.has_rest:
+            with save.recorder.phase("copy"):
+                save.staging.copy_rest()
         for file, image in save.images.items():
             name = shard_name(file, save.files, save.save_id)
             save.begun.append(name)
-            staged, recorder = save.staged.get(file), save.recorder
-            save.written.append(
-                write_file(
-                    save.store,
-                    name,
-                    image,
-                    staged,
-                    file=file,
-                    recorder=recorder,
-                    interrupt=save.interrupt,
-                )
-            )
+            save.written.append(_write_file(save, name, file, image))
     except KeyboardInterrupt:  # the second one
         raise
     except BaseException as exc:  # noqa: BLE001  a library's panic, too: the others learn of it
         save.failure = to_plain(exc)
+
+
+def _write_file(save: Save, name: str, file: int, image: ShardImage) -> FileRecord:
+    if save.staging is None:
+        return write_image(
+            save.store,
+            name,
+            image,
+            file=file,
+            recorder=save.recorder,
+            interrupt=save.interrupt,
+        )
+    return write_staged(
+        save.store, name, save.staging, image.layout, file=file, recorder=save.recorder
+    )
 
 
 def commit(save: Save) -> Waiting[tuple[Manifest | None, SaveStats]]:

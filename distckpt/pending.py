@@ -14,10 +14,11 @@ from distckpt.errors import text
 from distckpt.prepare import Options, Save, prepare, unseen_of
 from distckpt.stats import SaveStats
 from distckpt.team import COORDINATOR, Team
-from distckpt.waiting import Waiting, drive, in_thread, join_at_exit
+from distckpt.waiting import Waiting, drive, in_thread, join_at_exit, step_back
 
 logger = logging.getLogger(__name__)
 _THREAD = "distckpt-save"
+_HEADERS_BYTES = 4 << 20
 
 
 def start_save(
@@ -49,9 +50,21 @@ def start_save(
     Raises:
         CheckpointError: As in `prepare`.
     """
-    arena: Arena = team.memory.setdefault("arena", Arena())
+    arena = _arena_of(team)
     found = prepare(team, url, state, options, storage_options=storage_options, arena=arena)
-    return PendingCheckpoint(team, found, arena, on_committed, on_failed)
+    return PendingCheckpoint(team, found, on_committed, on_failed)
+
+
+def make_ready(team: Team, size_bytes: int, limit_bytes: int | None) -> None:
+    """Have memory for copies of so many bytes of tensors made ready in the background."""
+    # Headers and tables come on top.
+    size_bytes += size_bytes // 64 + _HEADERS_BYTES
+    _arena_of(team).prepare(size_bytes if limit_bytes is None else min(size_bytes, limit_bytes))
+
+
+def _arena_of(team: Team) -> Arena:
+    arena: Arena = team.memory.setdefault("arena", Arena())
+    return arena
 
 
 class PendingCheckpoint:
@@ -68,13 +81,12 @@ class PendingCheckpoint:
         self,
         team: Team,
         save: Save,
-        arena: Arena,
         on_committed: Callable[[Checkpoint], None] | None = None,
         on_failed: Callable[[BaseException], None] | None = None,
     ) -> None:
         self._team = team
         self._save = save
-        self._arena = arena
+        self._staging = save.staging
         self._unseen = unseen_of(team)
         self._on_committed = on_committed
         self._on_failed = on_failed
@@ -84,7 +96,7 @@ class PendingCheckpoint:
         self._result: Checkpoint | None = None
         self._error: BaseException | None = None
         self._commit = self._protocol()
-        self._bytes_total = sum(image.length for image in save.images.values())
+        self._bytes_total = sum(image.layout.length for image in save.images.values())
         join_at_exit(_THREAD)
         concurrent = team.coordinator.concurrent
         self._thread = threading.Thread(
@@ -93,6 +105,9 @@ class PendingCheckpoint:
         self._thread.start()
         if not concurrent:
             team.backlog.add(self._advance)
+        if self._staging is not None and not self._staging.has_begun:
+            with save.recorder.phase("stage"):
+                self._staging.wait_now()
 
     def __repr__(self) -> str:
         state = (
@@ -123,10 +138,12 @@ class PendingCheckpoint:
         return SaveStats({self._team.rank: self._save.recorder.stats()})
 
     def wait_staged(self) -> None:
-        """Wait until the arrays may change again. Not collective.
+        """Wait until all arrays may change again. Not collective.
 
-        Returns at once: they were copied before this object was made.
+        At once, unless the save was asked to copy some lazily.
         """
+        if self._staging is not None:
+            self._staging.wait_copied()
 
     def done(self) -> bool:
         """Whether it has ended, well or not. Never blocks; not collective."""
@@ -173,10 +190,10 @@ class PendingCheckpoint:
             time.sleep(1e-3)
 
     def _write(self) -> None:
+        step_back()
         write(self._save)
-        for staged in self._save.staged.values():
-            self._arena.give_back(staged.buffer)
-        self._save.staged = {}
+        if self._staging is not None:
+            self._staging.release()
         self._save.images = {}
         self._written.set()
 

@@ -27,7 +27,7 @@ from distckpt.errors import (
     raise_together,
     to_plain,
 )
-from distckpt.manifest import MANIFEST_NAME
+from distckpt.manifest import BLOCK_BYTES, MANIFEST_NAME
 from distckpt.plan import (
     DEFAULT_SHARD_BYTES,
     Holdings,
@@ -40,16 +40,33 @@ from distckpt.plan import (
     summarise,
 )
 from distckpt.shardfile import RESERVED_KEYS, ShardImage
-from distckpt.state import FlatState, Flattened, flatten
+from distckpt.staging import NEVER, Staging, when_copied
+from distckpt.state import FlatState, Flattened, TensorLeaf, flatten
 from distckpt.stats import Recorder
 from distckpt.store import Store, open_store
 from distckpt.team import COORDINATOR, Gathered, Late, Operation, Team, ToAll
 from distckpt.waiting import Interrupt, Waiting
-from distckpt.writer import FileRecord, Staged, build_images, stage
+from distckpt.writer import FileRecord, Layouts
 
 _CACHED_PLANS = 4
 
 OnFailure = Literal["raise", "warn"]
+Lazy = bool | str | Sequence[str]
+
+
+def check_staging(lazy: Lazy, staging_bytes: int | None) -> None:
+    """Refuse what is no choice of lazy tensors, and what is too little memory for copies.
+
+    Raises:
+        ValueError: One of them.
+    """
+    prefixes = [] if isinstance(lazy, bool) else [lazy] if isinstance(lazy, str) else list(lazy)
+    if not all(prefixes):
+        raise ValueError(f"lazy={lazy!r}: expected True, False, or prefixes of names")
+    if staging_bytes is not None and staging_bytes < 2 * BLOCK_BYTES:
+        raise ValueError(
+            f"staging_bytes={staging_bytes}: expected None, or at least {2 * BLOCK_BYTES}"
+        )
 
 
 def check_on_failure(on_failure: OnFailure) -> None:
@@ -66,8 +83,10 @@ def check_on_failure(on_failure: OnFailure) -> None:
 class Options:
     """What a save was asked for, besides where and what; see `distckpt.save`.
 
-    `guard` is called at the coordinator immediately before the manifest is written: what it raises
-    fails the save on all ranks.
+    `lazy` names the tensors that may change only after `wait_staged`: all, or by prefixes;
+    `check_lazy` detects if they did before; `staging_bytes` bounds the memory for copies. Ranks may
+    differ in these. `guard` is called at the coordinator immediately before the manifest is
+    written: what it raises fails the save on all ranks.
 
     As text, what differs from the defaults and must be the same on all ranks:
 
@@ -79,7 +98,9 @@ class Options:
     overwrite: bool = False
     replicas: Replicas = "check"
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
-    lazy: bool | Sequence[str] = False
+    lazy: Lazy = False
+    check_lazy: bool = False
+    staging_bytes: int | None = None
     metadata: Mapping[str, object] | None = None
     metrics: Mapping[str, float] | None = None
     step: int | None = None
@@ -114,6 +135,7 @@ class Known:
         plan: The whole, at the coordinator; None elsewhere.
         saves: How many were begun with it.
         stale: One failed: plan anew, and compare the replicas in full.
+        layouts: This rank's files, once it has written some.
     """
 
     generation: int
@@ -122,6 +144,7 @@ class Known:
     plan: WritePlan | None
     saves: int = 0
     stale: bool = False
+    layouts: Layouts | None = None
 
 
 @dataclass(slots=True)
@@ -171,8 +194,6 @@ class _Mine:
             self.values[name] = codec.encode_value(leaf.value)
         for name, leaf in self.flat.per_rank.items():
             self.blobs[name] = codec.pack(leaf.value.value)  # type: ignore[attr-defined]
-        if options.lazy:
-            raise LayoutError("lazy staging is not supported yet: pass lazy=False")
         if is_coordinator:
             # Copied now, like everything else that the caller may change when this returns.
             self.metadata = _copied(options.metadata)
@@ -197,7 +218,7 @@ class Save:
         metadata: The user's own; at the coordinator only.
         metrics: Numbers by name; at the coordinator only.
         images: This rank's files, by number.
-        staged: Their copies; empty where the arrays do not change meanwhile.
+        staging: Their copies; None where the arrays do not change meanwhile.
         checks: Checksums of what other ranks hold, too.
         failure: What went wrong on this rank (`to_plain`).
         begun: Names of the files that were begun, whether or not they are there.
@@ -218,7 +239,7 @@ class Save:
     metadata: Mapping[str, object] | None
     metrics: Mapping[str, float] | None
     images: dict[int, ShardImage] = field(default_factory=dict)
-    staged: dict[int, Staged] = field(default_factory=dict)
+    staging: Staging | None = None
     checks: replicas.Checksums = field(default_factory=replicas.Checksums)
     failure: dict[str, object] | None = None
     begun: list[str] = field(default_factory=list)
@@ -296,14 +317,37 @@ def prepare(
         with recorder.phase("check"):
             save.checks = replicas.take_checksums(mine.flat.tensors, known.part, saves=known.saves)
         with recorder.phase("stage"):
-            save.images = build_images(mine.flat.tensors, known.part, mine.blobs, rank=team.rank)
+            layouts = _layouts(known, mine, rank=team.rank)
+            save.images = layouts.images(mine.flat.tensors, mine.blobs)
             if arena is not None:
-                for file, image in save.images.items():
-                    save.staged[file] = stage(image, arena)
+                save.staging = Staging(
+                    arena,
+                    save.images,
+                    layouts.by_piece(_when(mine.flat.tensors, options.lazy), NEVER),
+                    limit_bytes=options.staging_bytes,
+                    check=options.check_lazy,
+                )
+                save.staging.begin()
     except Exception as exc:  # noqa: BLE001  the others learn of it at the commit
         save.failure = to_plain(exc)
     known.saves += 1
     return save
+
+
+def _layouts(known: Known, mine: _Mine, *, rank: int) -> Layouts:
+    """Return what is where in this rank's files: as in the save before, unless that was other."""
+    blobs = {name: len(blob) for name, blob in mine.blobs.items()}
+    if known.layouts is None or known.layouts.blobs != blobs:
+        known.layouts = Layouts(mine.flat.tensors, known.part, blobs, rank=rank)
+    return known.layouts
+
+
+def _when(tensors: Sequence[TensorLeaf], lazy: Lazy) -> list[int]:
+    """Say when each tensor is copied."""
+    if isinstance(lazy, bool):
+        return [when_copied(leaf, lazy=lazy) for leaf in tensors]
+    prefixes = (lazy,) if isinstance(lazy, str) else tuple(lazy)
+    return [when_copied(leaf, lazy=leaf.name.startswith(prefixes)) for leaf in tensors]
 
 
 def _agree(

@@ -1,8 +1,8 @@
 """One rank's shard file: safetensors, with a checksum for every block. CRC32C's only door.
 
-A `ShardImage` is the file as it will be, without being anywhere yet: any byte range of it can be
-produced into a buffer, straight from the arrays. Whoever writes asks for block after block, and
-takes each block's checksum while it is still in the processor's cache.
+A `ShardImage` is the file as it will be, without being anywhere yet: any stretch of it can be
+produced into a buffer, straight from the arrays. Whoever does takes the checksum of what was
+produced while it is still in the processor's cache.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,9 +28,9 @@ METADATA_KEY = "__metadata__"
 RESERVED_KEYS = frozenset({TABLE_KEY, METADATA_KEY})
 
 
-def checksum(data: memoryview | bytes) -> int:
-    """CRC32C of a contiguous buffer."""
-    return crc32c(data)
+def checksum(data: memoryview | bytes, before: int = 0) -> int:
+    """CRC32C of a contiguous buffer, or of what follows bytes whose CRC32C is known."""
+    return crc32c(data, before)
 
 
 def checksum_run(array: Array, dtype: dtypes.Dtype, first: int, count: int) -> int:
@@ -44,15 +44,15 @@ def checksum_run(array: Array, dtype: dtypes.Dtype, first: int, count: int) -> i
     """
     value = 0
     step = (1 << 20) // dtype.itemsize
-    whole = _bytes_of(array, dtype)
+    whole = _bytes_of(array, dtype, first, count * dtype.itemsize)
     if whole is not None:
-        return checksum(whole[first * dtype.itemsize : (first + count) * dtype.itemsize].data)
+        return checksum(whole.data)
     buffer = np.empty(step * dtype.itemsize, np.uint8)
     for begin in range(first, first + count, step):
         size = min(step, first + count - begin)
         out = buffer[: size * dtype.itemsize]
         copy_run(array, dtype, begin, size, out)
-        value = crc32c(out.data, value)
+        value = checksum(out.data, value)
     return value
 
 
@@ -81,43 +81,36 @@ def blob_key(name: str, rank: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A box of a tensor in a shard file, and where its bytes come from.
+    """A box of a tensor in a shard file.
 
     Attributes:
         key: Its key in the header.
         dtype: Element type.
         shape: Shape of the box.
-        array: Holds the box as a run of its C order.
-        first: First element of that run.
     """
 
     key: str
     dtype: dtypes.Dtype
     shape: tuple[int, ...]
-    array: Array
-    first: int
-
-    @property
-    def size(self) -> int:
-        """Elements."""
-        return math.prod(self.shape)
 
     @property
     def size_bytes(self) -> int:
         """Bytes."""
-        return self.size * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-class ShardImage:
-    """A shard file that is not written yet.
+class ShardLayout:
+    """What lies where in a shard file. It holds no array, so it can be kept from save to save.
 
     Args:
         pieces: In the order of the file: falling item size (so each is aligned to its own).
         block_bytes: Bytes under one checksum; a power of two.
 
     Attributes:
+        pieces: The pieces.
         header: The first `data_start` bytes.
         data_start: Where the tensors' bytes begin.
+        starts: Where each piece begins, and the last one ends.
         table_start: Where the checksum table begins.
         length: Of the whole file, in bytes.
         blocks: Number of blocks, and so of checksums.
@@ -127,16 +120,16 @@ class ShardImage:
     """
 
     def __init__(self, pieces: Sequence[Piece], block_bytes: int) -> None:
+        self.pieces = list(pieces)
         self.block_bytes = block_bytes
-        self._pieces = list(pieces)
-        sizes = [piece.size_bytes for piece in self._pieces]
+        sizes = [piece.size_bytes for piece in self.pieces]
         data_bytes = sum(sizes)
         self.data_start = DATA_ALIGNMENT
         # The table's entry is part of the header, and the table's length depends on the header's.
         while True:
             self.table_start = self.data_start + data_bytes
             text = _header(
-                self._pieces, sizes, table_bytes(self.table_start, block_bytes), block_bytes
+                self.pieces, sizes, table_bytes(self.table_start, block_bytes), block_bytes
             )
             needed = -(-(8 + len(text)) // DATA_ALIGNMENT) * DATA_ALIGNMENT
             if needed <= self.data_start:
@@ -146,56 +139,111 @@ class ShardImage:
         self.header = size.to_bytes(8, "little") + text.ljust(size)
         self.length = self.table_start + table_bytes(self.table_start, block_bytes)
         self.blocks = -(-self.table_start // block_bytes)
-        self._flat = [_bytes_of(piece.array, piece.dtype) for piece in self._pieces]
-        self._starts = (np.cumsum([0, *sizes]) + self.data_start).tolist()
+        self.starts: list[int] = (np.cumsum([0, *sizes]) + self.data_start).tolist()
 
     def block(self, index: int) -> tuple[int, int]:
         """Return the first and last-plus-one byte of a block."""
         start = index * self.block_bytes
         return start, min(start + self.block_bytes, self.table_start)
 
+    def pieces_in(self, start_byte: int, stop_byte: int) -> range:
+        """Return the numbers of the pieces that have bytes in a stretch of the file."""
+        first = max(bisect_right(self.starts, start_byte) - 1, 0)
+        return range(first, min(bisect_left(self.starts, stop_byte), len(self.pieces)))
+
+
+class ShardImage:
+    """A shard file that is not written yet: its layout, and where its bytes come from.
+
+    Args:
+        layout: The layout.
+        sources: For each piece an array that holds it as a run of its C order, and the first
+            element of that run.
+
+    Attributes:
+        layout: The layout.
+    """
+
+    def __init__(self, layout: ShardLayout, sources: Sequence[tuple[Array, int]]) -> None:
+        self.layout = layout
+        self._sources = sources
+        self._views = [
+            _bytes_of(array, piece.dtype, first, stop - start)
+            for (array, first), piece, start, stop in zip(
+                sources, layout.pieces, layout.starts[:-1], layout.starts[1:], strict=True
+            )
+        ]
+
+    def array(self, piece: int) -> Array:
+        """Return the array that holds a piece."""
+        return self._sources[piece][0]
+
+    def view(self, start_byte: int, stop_byte: int) -> np.ndarray | None:
+        """View bytes of the file where they lie (uint8); None if they don't lie in one place."""
+        layout = self.layout
+        index = bisect_right(layout.starts, start_byte) - 1
+        if index < 0 or index >= len(self._views) or layout.starts[index + 1] < stop_byte:
+            return None
+        view, begin = self._views[index], layout.starts[index]
+        return None if view is None else view[start_byte - begin : stop_byte - begin]
+
     def fill(self, buffer: np.ndarray, start_byte: int, stop_byte: int) -> None:
         """Produce bytes of the file before its table.
 
         Args:
             buffer: (stop − start,) uint8, written to.
-            start_byte: First byte; a multiple of the block size.
+            start_byte: First byte; a multiple of the largest item size.
             stop_byte: One past the last; such a multiple, or `table_start`.
         """
-        at = start_byte
-        if at < self.data_start:
-            end = min(stop_byte, self.data_start)
-            buffer[: end - at] = np.frombuffer(self.header, np.uint8, end - at, at)
+        layout, at = self.layout, start_byte
+        if at < layout.data_start:
+            end = min(stop_byte, layout.data_start)
+            buffer[: end - at] = np.frombuffer(layout.header, np.uint8, end - at, at)
             at = end
-        index = bisect_right(self._starts, at) - 1
-        while at < stop_byte:
-            begin, end = self._starts[index], min(self._starts[index + 1], stop_byte)
-            if at < end:
+        if at >= stop_byte:
+            return
+        starts, views = layout.starts, self._views
+        index = bisect_right(starts, at) - 1
+        last = bisect_left(starts, stop_byte) - 1  # the piece that holds the last byte
+        while index <= last:
+            many = index
+            if at == starts[index]:
+                while many < last and views[many] is not None:
+                    many += 1
+            if many > index + 1:
+                # Whole small arrays: one call instead of one each.
+                end = starts[many]
                 out = buffer[at - start_byte : end - start_byte]
-                flat, piece = self._flat[index], self._pieces[index]
-                item = piece.dtype.itemsize
-                if flat is not None:
-                    origin = piece.first * item - begin
-                    out[:] = flat[origin + at : origin + end]
-                else:
-                    # No block cuts an element: item sizes are powers of two, pieces are aligned.
-                    copy_run(
-                        piece.array,
-                        piece.dtype,
-                        piece.first + (at - begin) // item,
-                        (end - at) // item,
-                        out,
-                    )
-                at = end
-            index += 1
+                np.concatenate(views[index:many], out=out)  # type: ignore[arg-type]
+                index, at = many, end
+                continue
+            end = min(starts[index + 1], stop_byte)
+            if at < end:
+                self._fill_part(buffer[at - start_byte : end - start_byte], index, at, end)
+            index, at = index + 1, end
+
+    def _fill_part(self, out: np.ndarray, index: int, at: int, end: int) -> None:
+        """Produce bytes of one piece."""
+        begin, view = self.layout.starts[index], self._views[index]
+        if view is not None:
+            out[:] = view[at - begin : end - begin]
+            return
+        # Nothing cuts an element: item sizes are powers of two, pieces are aligned.
+        (array, first), dtype = self._sources[index], self.layout.pieces[index].dtype
+        item = dtype.itemsize
+        copy_run(array, dtype, first + (at - begin) // item, (end - at) // item, out)
 
 
-def _bytes_of(array: Array, dtype: dtypes.Dtype) -> np.ndarray | None:
-    """View an array as bytes in file order; None where that needs a copy."""
-    if isinstance(array, LazyArray):
-        return None
-    if array.flags.c_contiguous and array.dtype == dtype.numpy:
-        return array.reshape(-1).view(np.uint8)
+def _bytes_of(array: Array, dtype: dtypes.Dtype, first: int, size_bytes: int) -> np.ndarray | None:
+    """View a run of an array as bytes in file order (uint8); None where that needs a copy."""
+    if (
+        isinstance(array, np.ndarray)
+        and array.flags.c_contiguous
+        and (array.dtype is dtype.numpy or array.dtype == dtype.numpy)
+    ):
+        whole = array.reshape(-1).view(np.uint8)
+        start = first * dtype.itemsize
+        return whole if len(whole) == size_bytes else whole[start : start + size_bytes]
     return None
 
 

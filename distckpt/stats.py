@@ -18,7 +18,8 @@ class Phase:
 
     Attributes:
         name: ``"plan"`` (agree and plan, over all ranks), ``"check"`` (take checksums of what other
-            ranks hold, too), ``"stage"`` (copy the arrays), ``"write"``, ``"sync"`` (make a file
+            ranks hold, too), ``"stage"`` (copy the arrays), ``"copy"`` (copy those that
+            may change later, in the background), ``"write"``, ``"sync"`` (make a file
             durable, and name it) or ``"commit"`` (wait for the slowest rank; at the coordinator,
             write the manifest, too). Where a rank writes several files, it has several of a name.
         start_s: Its begin, in seconds since 1970.

@@ -12,7 +12,7 @@ from distckpt.events import Event
 from distckpt.stats import Phase, SaveStats
 
 # Row numbers. What overlaps on a row has lanes: the next numbers.
-_ROWS = ("events", "plan", "check", "stage", "write", "sync", "commit", "wait", "load")
+_ROWS = ("events", "plan", "check", "stage", "copy", "write", "sync", "commit", "wait", "load")
 _LANES = 100
 
 _BEGIN, _END = b"[\n", b"\n]\n"

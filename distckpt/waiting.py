@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import importlib
 import math
+import os
 import signal
 import sys
 import threading
@@ -89,6 +90,16 @@ def before_executors_close(function: Callable[[], None]) -> None:
     register = getattr(threading, "_register_atexit", atexit.register)
     with suppress(RuntimeError):  # the program is ending already
         register(function)
+
+
+def step_back() -> None:
+    """Have the kernel treat this thread as one that works in the background.
+
+    It then doesn't interrupt training when it wakes up, and gets its share of the processor still.
+    """
+    with suppress(OSError, AttributeError):  # not this system, or not allowed
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 @cache

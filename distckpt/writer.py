@@ -1,22 +1,35 @@
-"""One rank's files: made from its part of a plan and the arrays, staged, and written."""
+"""One rank's files: made from its part of a plan and the arrays, and written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from distckpt import dtypes
-from distckpt.arena import Arena
+from distckpt.arena import allocate
 from distckpt.manifest import BLOCK_BYTES
 from distckpt.plan import WritePart
 from distckpt.region import Region
-from distckpt.shardfile import Piece, ShardImage, blob_key, checksum, piece_key, table_digest
-from distckpt.state import TensorLeaf
+from distckpt.shardfile import (
+    Piece,
+    ShardImage,
+    ShardLayout,
+    blob_key,
+    checksum,
+    piece_key,
+    table_digest,
+)
+from distckpt.staging import Staging
+from distckpt.state import Array, TensorLeaf
 from distckpt.stats import Recorder
-from distckpt.store import Store
+from distckpt.store import Sink, Store, wants_aligned, writes_at_once
 from distckpt.waiting import Interrupt
+
+# Small enough to stay in the processor's cache between its copying, its checksum and its writing.
+_PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,99 +49,126 @@ class FileRecord:
     digest: bytes
 
 
-def build_images(
-    tensors: Sequence[TensorLeaf],
-    part: WritePart,
-    blobs: Mapping[str, bytes],
-    *,
-    rank: int,
-    block_bytes: int = BLOCK_BYTES,
-) -> dict[int, ShardImage]:
-    """Make this rank's files out of its part of the plan, by their global number.
+class Layouts:
+    """Which files a rank writes, and what is where in them; the same for all saves of a plan.
 
     Args:
         tensors: This rank's tensors; the part's items are indices into them.
-        part: The part.
-        blobs: Per-rank values, encoded.
+        part: This rank's part of the plan.
+        blobs: Name of each per-rank value → its length in bytes.
         rank: This rank.
         block_bytes: Bytes under one checksum.
-
-    Returns:
-        The files, which refer to the arrays.
 
     Raises:
         LayoutError: Two pieces of one key in a file.
     """
-    pieces: dict[int, list[Piece]] = {}
-    rows = zip(
-        part.file.tolist(),
-        part.item.tolist(),
-        part.source.tolist(),
-        part.start.tolist(),
-        part.stop.tolist(),
-        strict=True,
-    )
-    for file, item, source, start, stop in rows:
-        leaf = tensors[item]
-        pad = len(start) - len(leaf.shape)
-        region = Region(tuple(start[pad:]), tuple(stop[pad:]))
-        key = piece_key(leaf.name, leaf.shape, region)
-        pieces.setdefault(file, []).append(Piece(key, leaf.dtype, region.shape, leaf.array, source))
-    for name, blob in blobs.items():
-        array = np.frombuffer(blob, np.uint8)
-        piece = Piece(blob_key(name, rank), dtypes.BY_NAME["uint8"], array.shape, array, 0)
-        pieces.setdefault(part.blob_file, []).append(piece)
-    return {file: ShardImage(found, block_bytes) for file, found in sorted(pieces.items())}
+
+    def __init__(
+        self,
+        tensors: Sequence[TensorLeaf],
+        part: WritePart,
+        blobs: Mapping[str, int],
+        *,
+        rank: int,
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:
+        self.blobs = dict(blobs)
+        self.block_bytes = block_bytes
+        pieces: dict[int, list[Piece]] = {}
+        self._places: dict[int, list[tuple[int | str, int]]] = {}
+        rows = zip(
+            part.file.tolist(),
+            part.item.tolist(),
+            part.source.tolist(),
+            part.start.tolist(),
+            part.stop.tolist(),
+            strict=True,
+        )
+        for file, item, source, start, stop in rows:
+            leaf = tensors[item]
+            pad = len(start) - len(leaf.shape)
+            region = Region(tuple(start[pad:]), tuple(stop[pad:]))
+            key = piece_key(leaf.name, leaf.shape, region)
+            pieces.setdefault(file, []).append(Piece(key, leaf.dtype, region.shape))
+            self._places.setdefault(file, []).append((item, source))
+        for name, length in blobs.items():
+            piece = Piece(blob_key(name, rank), dtypes.BY_NAME["uint8"], (length,))
+            pieces.setdefault(part.blob_file, []).append(piece)
+            self._places.setdefault(part.blob_file, []).append((name, 0))
+        self._files = {
+            file: ShardLayout(found, block_bytes) for file, found in sorted(pieces.items())
+        }
+
+    def images(
+        self, tensors: Sequence[TensorLeaf], blobs: Mapping[str, bytes]
+    ) -> dict[int, ShardImage]:
+        """Return this rank's files, by their global number; they refer to the arrays."""
+        arrays: dict[int | str, Array] = {
+            name: np.frombuffer(blob, np.uint8) for name, blob in blobs.items()
+        }
+        arrays.update(enumerate(leaf.array for leaf in tensors))
+        return {
+            file: ShardImage(layout, [(arrays[key], first) for key, first in self._places[file]])
+            for file, layout in self._files.items()
+        }
+
+    def by_piece(self, tensors: Sequence[int], blobs: int) -> dict[int, list[int]]:
+        """Say of each file's pieces what is said of each tensor, and of all per-rank values."""
+        return {
+            file: [tensors[key] if isinstance(key, int) else blobs for key, _ in places]
+            for file, places in self._places.items()
+        }
 
 
-@dataclass(frozen=True, slots=True)
-class Staged:
-    """A shard file's bytes before its table, copied, and their checksums.
+def write_staged(
+    store: Store, name: str, staging: Staging, layout: ShardLayout, *, file: int, recorder: Recorder
+) -> FileRecord:
+    """Write a file of an asynchronous save durably; it is visible under its name afterwards.
 
-    Attributes:
-        buffer: The arena's; may be longer.
-        checksums: One a block.
+    With few, large requests, since every return to Python can wait for the interpreter's lock while
+    training runs.
+
+    Args:
+        store: Where to.
+        name: The file's.
+        staging: Has its bytes.
+        layout: What is where in it.
+        file: Its global number.
+        recorder: Takes the times, and counts the bytes.
+
+    Raises:
+        StoreError: The store failed. Nothing is visible.
+        SaveFailed: As `Staging.chunks`.
     """
 
-    buffer: np.ndarray
-    checksums: list[int]
+    def write(sink: Sink) -> list[int]:
+        for chunk in staging.chunks(file):
+            sink.write_at(chunk.start_byte, chunk.data.data)
+            recorder.nbytes += len(chunk.data)
+        return staging.checksums(file)
+
+    return _write(store, name, layout, write, file=file, recorder=recorder)
 
 
-def stage(image: ShardImage, arena: Arena) -> Staged:
-    """Copy a file's bytes, so that the arrays may change.
-
-    A block's checksum is taken while the block is still in the processor's cache.
-    """
-    buffer = arena.take(image.table_start)
-    checksums = []
-    for index in range(image.blocks):
-        start, stop = image.block(index)
-        image.fill(buffer[start:stop], start, stop)
-        checksums.append(checksum(buffer[start:stop].data))
-    return Staged(buffer, checksums)
-
-
-def write_file(
+def write_image(
     store: Store,
     name: str,
     image: ShardImage,
-    staged: Staged | None,
     *,
     file: int,
     recorder: Recorder,
     interrupt: Interrupt | None = None,
 ) -> FileRecord:
-    """Write a file durably; it is visible under its name when this returns.
+    """Write a file whose arrays do not change meanwhile, durably.
 
-    A staged file is written with one request, since every return to Python can wait for the
-    interpreter lock while training runs; one that isn't staged goes block by block through one
-    small buffer.
+    Each block goes by way of a buffer that stays in the processor's cache, where its checksum is
+    taken; where the storage takes any memory, not even that. Several blocks at once where that is
+    faster.
 
     Args:
         store: Where to.
         name: The file's.
         image: Its content.
-        staged: A copy of the content; None where the arrays do not change meanwhile.
         file: Its global number.
         recorder: Takes the times, and counts the bytes.
         interrupt: Ends the writing early.
@@ -137,31 +177,98 @@ def write_file(
         StoreError: The store failed. Nothing is visible.
         InterruptedError: So did the user.
     """
-    sink = store.create(name, image.length)
+
+    def write(sink: Sink) -> list[int]:
+        blocks = _Blocks(image, sink, recorder, interrupt)
+        blocks.write()
+        table = np.array(blocks.checksums, "<u4").tobytes()
+        sink.write_at(image.layout.table_start, table)
+        recorder.nbytes += len(table)
+        return blocks.checksums
+
+    return _write(store, name, image.layout, write, file=file, recorder=recorder)
+
+
+def _write(
+    store: Store,
+    name: str,
+    layout: ShardLayout,
+    write: Callable[[Sink], list[int]],
+    *,
+    file: int,
+    recorder: Recorder,
+) -> FileRecord:
+    sink = store.create(name, layout.length)
     try:
         with recorder.phase("write"):
-            if staged is not None:
-                checksums = staged.checksums
-                sink.write_at(0, staged.buffer[: image.table_start].data)
-                recorder.nbytes += image.table_start
-            else:
-                checksums = []
-                buffer = np.empty(min(image.block_bytes, image.table_start), np.uint8)
-                for index in range(image.blocks):
-                    if interrupt is not None:
-                        interrupt.check()
-                    start, stop = image.block(index)
-                    image.fill(buffer[: stop - start], start, stop)
-                    data = buffer[: stop - start].data
-                    checksums.append(checksum(data))
-                    sink.write_at(start, data)
-                    recorder.nbytes += stop - start
-            table = np.array(checksums, "<u4").tobytes()
-            sink.write_at(image.table_start, table)
-            recorder.nbytes += len(table)
+            checksums = write(sink)
         with recorder.phase("sync"):
             sink.commit()
     except BaseException:
         sink.abort()
         raise
-    return FileRecord(file, image.length, image.data_start, table_digest(table))
+    table = np.array(checksums, "<u4").tobytes()
+    return FileRecord(file, layout.length, layout.data_start, table_digest(table))
+
+
+class _Blocks:
+    """The blocks of a file on their way to the storage.
+
+    Attributes:
+        checksums: One a block.
+    """
+
+    def __init__(
+        self, image: ShardImage, sink: Sink, recorder: Recorder, interrupt: Interrupt | None
+    ) -> None:
+        self._image, self._sink = image, sink
+        self._recorder, self._interrupt = recorder, interrupt
+        self._numbers = iter(range(image.layout.blocks))
+        self._failed: list[BaseException] = []
+        self._counting = threading.Lock()
+        self.checksums = [0] * image.layout.blocks
+
+    def write(self) -> None:
+        """Write them all: in this thread, and in a few more where that is faster."""
+        count = min(writes_at_once(self._sink), self._image.layout.blocks)
+        helpers = [threading.Thread(target=self._help) for _ in range(count - 1)]
+        for helper in helpers:
+            helper.start()
+        try:
+            self._work()
+        except BaseException as exc:
+            self._failed.insert(0, exc)
+            raise
+        finally:
+            for helper in helpers:
+                helper.join()
+        if self._failed:
+            raise self._failed[0]
+
+    def _help(self) -> None:
+        try:
+            self._work()
+        except BaseException as exc:  # noqa: BLE001  raised by `write`
+            self._failed.append(exc)
+
+    def _work(self) -> None:
+        layout = self._image.layout
+        scratch = allocate(min(_PIECE_BYTES, layout.block_bytes))
+        for index in self._numbers:  # each number is given to one thread
+            if self._failed:
+                return
+            if self._interrupt is not None:
+                self._interrupt.check()
+            start, stop = layout.block(index)
+            value = 0
+            for at in range(start, stop, len(scratch)):
+                end = min(at + len(scratch), stop)
+                data = None if wants_aligned(self._sink) else self._image.view(at, end)
+                if data is None:
+                    data = scratch[: end - at]
+                    self._image.fill(data, at, end)
+                value = checksum(data.data, value)
+                self._sink.write_at(at, data.data)
+            self.checksums[index] = value
+            with self._counting:
+                self._recorder.nbytes += stop - start

@@ -376,12 +376,6 @@ def test_an_option_that_is_none_is_refused(options, ranks, how):
     refuses_to_save(ranks, lambda comm: {"w": np.ones(2)}, how, **options)
 
 
-@on_one_and_three_ranks
-def test_lazy_staging_is_refused_as_long_as_there_is_none(ranks):
-    error = refuses_to_save(ranks, lambda comm: {"w": np.ones(2)}, "save_async", lazy=True)
-    assert "lazy staging is not supported yet" in str(error)
-
-
 @pytest.mark.parametrize("option", ["filter_prefix", "only_prefix"])
 @on_one_and_three_ranks
 def test_an_empty_prefix_is_refused(option, ranks):

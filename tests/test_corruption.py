@@ -169,7 +169,7 @@ def test_a_shard_file_of_another_save_of_the_same_shape_is_found(small):
 def large(monkeypatch):
     """A checkpoint of two ranks and several blocks a file; "a" lies before "b" in each."""
     monkeypatch.setattr(commit, "BLOCK_BYTES", _BLOCK)
-    monkeypatch.setattr(prepare, "build_images", partial(writer.build_images, block_bytes=_BLOCK))
+    monkeypatch.setattr(prepare, "Layouts", partial(writer.Layouts, block_bytes=_BLOCK))
     store = MemoryStore()
 
     def save(comm):

@@ -386,7 +386,7 @@ def test_a_save_that_was_never_committed_is_not_damage():
 
 def test_what_a_damaged_one_left_in_the_net_is_not_passed_off_as_loaded(monkeypatch):
     monkeypatch.setattr(commit, "BLOCK_BYTES", 4096)
-    monkeypatch.setattr(prepare, "build_images", partial(writer.build_images, block_bytes=4096))
+    monkeypatch.setattr(prepare, "Layouts", partial(writer.Layouts, block_bytes=4096))
     store = run_of(1, ranks=1)
     with Manager(store, comm=distckpt.Solo()) as manager:
         manager.save(2, state(distckpt.Solo(), 2) | {"extra": np.ones(2000)})

@@ -78,8 +78,8 @@ NAMES = [
 SIGNATURES = {
     "save": "url state * comm=None metadata=None overwrite=False replicas='check' timeout_s=600 "
     "storage_options=None",
-    "save_async": "url state * lazy=False comm=None metadata=None overwrite=False replicas='check' "
-    "timeout_s=600 storage_options=None",
+    "save_async": "url state * lazy=False check_lazy=False staging_bytes=None comm=None "
+    "metadata=None overwrite=False replicas='check' timeout_s=600 storage_options=None",
     "plan": "state * comm=None",
     "open": "url * storage_options=None",
     "load": "url * filter_prefix=() only_prefix=() select=None storage_options=None",

@@ -23,7 +23,7 @@ _ROWS, _COLUMNS = 160, 32  # 8 bytes each: 10 blocks over the ranks
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     monkeypatch.setattr(commit, "BLOCK_BYTES", _BLOCK)
-    monkeypatch.setattr(prepare, "build_images", partial(writer.build_images, block_bytes=_BLOCK))
+    monkeypatch.setattr(prepare, "Layouts", partial(writer.Layouts, block_bytes=_BLOCK))
 
 
 class CountingStore(MemoryStore):

@@ -339,7 +339,7 @@ def cases(draw, max_tensors=3):
 def use_blocks(patch, size):
     """Save with blocks of another size: of the smallest, small tensors have several."""
     patch.setattr(commit, "BLOCK_BYTES", size)
-    patch.setattr(prepare, "build_images", partial(writer.build_images, block_bytes=size))
+    patch.setattr(prepare, "Layouts", partial(writer.Layouts, block_bytes=size))
 
 
 @_MORE

@@ -16,11 +16,11 @@ from safetensors import safe_open
 
 import distckpt
 from distckpt import LayoutError, Region, dtypes
-from distckpt.arena import Arena
 from distckpt.manifest import BLOCK_BYTES, table_bytes
 from distckpt.shardfile import (
     Piece,
     ShardImage,
+    ShardLayout,
     blob_key,
     checksum,
     checksum_run,
@@ -30,7 +30,7 @@ from distckpt.shardfile import (
 )
 from distckpt.stats import Recorder
 from distckpt.testing import MemoryStore
-from distckpt.writer import stage, write_file
+from distckpt.writer import write_image
 
 _MANY = settings(max_examples=3 * settings.default.max_examples)
 
@@ -42,13 +42,13 @@ READABLE = [e for e in dtypes.TABLE if e.safetensors and not e.safetensors.start
 def file_of(image):
     """Make the whole file, block by block, with its table."""
     data = bytearray()
-    for index in range(image.blocks):
-        start, stop = image.block(index)
+    for index in range(image.layout.blocks):
+        start, stop = image.layout.block(index)
         block = np.full(stop - start, 0xAA, np.uint8)
         image.fill(block, start, stop)
         data += block.tobytes()
-    starts = range(0, len(data), image.block_bytes)
-    table = [checksum(bytes(data[start : start + image.block_bytes])) for start in starts]
+    starts = range(0, len(data), image.layout.block_bytes)
+    table = [checksum(bytes(data[start : start + image.layout.block_bytes])) for start in starts]
     return bytes(data) + struct.pack(f"<{len(table)}I", *table)
 
 
@@ -59,9 +59,13 @@ def header_of(data):
 
 
 def piece(key, array, first=0, shape=None):
-    return Piece(
-        key, dtypes.find(array.dtype), array.shape if shape is None else shape, array, first
-    )
+    shape = array.shape if shape is None else shape
+    return Piece(key, dtypes.find(array.dtype), shape), (array, first)
+
+
+def image_of(pieces, block_bytes):
+    layout = ShardLayout([piece for piece, _ in pieces], block_bytes)
+    return ShardImage(layout, [source for _, source in pieces])
 
 
 def random_array(entry, shape, seed=0):
@@ -85,7 +89,7 @@ def as_bytes(array):
 def test_a_tensor_opens_with_safetensors_and_is_equal(entry, tmp_path):
     array = random_array(entry, (3, 5))
     path = tmp_path / "shard.safetensors"
-    path.write_bytes(file_of(ShardImage([piece("net.w", array)], 4096)))
+    path.write_bytes(file_of(image_of([piece("net.w", array)], 4096)))
     with safe_open(path, "numpy") as opened:
         assert list(opened.keys()) == [TABLE, "net.w"]
         found = opened.get_tensor("net.w")
@@ -98,7 +102,7 @@ def test_a_file_with_every_dtype_opens_with_safetensors(tmp_path):
     entries = sorted(dtypes.TABLE, key=lambda entry: -entry.itemsize)
     arrays = {entry.name: random_array(entry, (2, 3), entry.code) for entry in entries}
     path = tmp_path / "shard.safetensors"
-    path.write_bytes(file_of(ShardImage([piece(k, a) for k, a in arrays.items()], 4096)))
+    path.write_bytes(file_of(image_of([piece(k, a) for k, a in arrays.items()], 4096)))
     with safe_open(path, "numpy") as opened:
         assert set(opened.keys()) == {TABLE, *arrays}
         for entry in READABLE:
@@ -123,7 +127,7 @@ def test_a_file_with_every_dtype_opens_with_safetensors(tmp_path):
 )
 def test_what_safetensors_lacks_is_stored_as_bytes(dtype, stored, shape, tmp_path):
     array = np.arange(6).astype(dtype).reshape(2, 3)
-    data = file_of(ShardImage([piece("w", array)], 4096))
+    data = file_of(image_of([piece("w", array)], 4096))
     header, start = header_of(data)
     entry = header["w"]
     assert (entry["dtype"], entry["shape"]) == (stored, shape)
@@ -141,7 +145,7 @@ def test_what_safetensors_lacks_is_stored_as_bytes(dtype, stored, shape, tmp_pat
 )
 def test_any_name_survives_in_the_header(name, tmp_path):
     path = tmp_path / "shard.safetensors"
-    path.write_bytes(file_of(ShardImage([piece(name, np.ones(3, np.float32))], 4096)))
+    path.write_bytes(file_of(image_of([piece(name, np.ones(3, np.float32))], 4096)))
     with safe_open(path, "numpy") as opened:
         assert set(opened.keys()) == {name, TABLE}
         assert opened.get_tensor(name).tolist() == [1, 1, 1]
@@ -154,7 +158,7 @@ def test_scalars_and_empty_tensors_open_with_safetensors(tmp_path):
         piece("also empty", np.zeros(0, np.int8)),
     ]
     path = tmp_path / "shard.safetensors"
-    path.write_bytes(file_of(ShardImage(pieces, 4096)))
+    path.write_bytes(file_of(image_of(pieces, 4096)))
     with safe_open(path, "numpy") as opened:
         assert opened.get_tensor("scalar")[()] == 2.5
         assert opened.get_slice("empty").get_shape() == [3, 0, 2]
@@ -170,15 +174,15 @@ def some_pieces(count, size=10):
 
 @pytest.mark.parametrize("count", [0, 1, 2, 30, 40, 41, 42, 43, 44, 45, 100, 1000])
 def test_data_starts_at_the_first_multiple_of_4096_that_the_header_fits_before(count):
-    image = ShardImage(some_pieces(count), 4096)
+    image = image_of(some_pieces(count), 4096)
     data = file_of(image)
     (length,) = struct.unpack_from("<Q", data)
     text = data[8 : 8 + length].rstrip(b" ")
-    assert 8 + length == image.data_start == len(image.header)
-    assert image.data_start % 4096 == 0
-    assert image.data_start - 4096 < 8 + len(text) <= image.data_start
+    assert 8 + length == image.layout.data_start == len(image.layout.header)
+    assert image.layout.data_start % 4096 == 0
+    assert image.layout.data_start - 4096 < 8 + len(text) <= image.layout.data_start
     assert text.endswith(b"}}")
-    assert data[: image.data_start] == image.header
+    assert data[: image.layout.data_start] == image.layout.header
 
 
 def test_the_header_names_the_pieces_in_the_order_of_the_file_without_holes():
@@ -188,7 +192,7 @@ def test_the_header_names_the_pieces_in_the_order_of_the_file_without_holes():
         piece("h", np.zeros(5, np.float16)),
         piece("b", np.zeros(7, bool)),
     ]
-    image = ShardImage(pieces, 4096)
+    image = image_of(pieces, 4096)
     header, start = header_of(file_of(image))
     assert list(header) == ["__metadata__", "c", "f", "h", "b", TABLE]
     at = 0
@@ -196,7 +200,7 @@ def test_the_header_names_the_pieces_in_the_order_of_the_file_without_holes():
         begin, end = header[key]["data_offsets"]
         assert begin == at
         at = end
-    assert start + at == image.length
+    assert start + at == image.layout.length
 
 
 def test_every_tensor_of_a_state_is_aligned_to_its_own_size():
@@ -236,12 +240,12 @@ def test_a_per_rank_value_is_named_with_its_rank():
 @pytest.mark.parametrize("key", ["__crc32c__", "__metadata__"])
 def test_a_reserved_key_is_refused(key):
     with pytest.raises(LayoutError, match=f"'{key}': this key is reserved; rename the tensor"):
-        ShardImage([piece(key, np.ones(1))], 4096)
+        image_of([piece(key, np.ones(1))], 4096)
 
 
 def test_a_key_that_is_needed_twice_is_refused():
     with pytest.raises(LayoutError, match="'w@0:2': this key is needed twice in one shard file"):
-        ShardImage([piece("w@0:2", np.ones(2)), piece("w@0:2", np.ones(2))], 4096)
+        image_of([piece("w@0:2", np.ones(2)), piece("w@0:2", np.ones(2))], 4096)
 
 
 # ---------------------------------------------------------------------------------------- checksums
@@ -278,20 +282,20 @@ def table_of(data):
 
 
 def test_the_last_tensor_is_the_checksum_of_every_block_before_it():
-    image = ShardImage(some_pieces(3, size=1500), 4096)
+    image = image_of(some_pieces(3, size=1500), 4096)
     data = file_of(image)
     table_start, table = table_of(data)
-    assert table_start == image.table_start == 4096 + 3 * 6000
+    assert table_start == image.layout.table_start == 4096 + 3 * 6000
     blocks = [data[at : min(at + 4096, table_start)] for at in range(0, table_start, 4096)]
     assert table == [crc32c_by_hand(block) for block in blocks]
-    assert len(table) == image.blocks == 6
-    assert image.length == len(data) == table_start + table_bytes(table_start, 4096)
+    assert len(table) == image.layout.blocks == 6
+    assert image.layout.length == len(data) == table_start + table_bytes(table_start, 4096)
 
 
 @pytest.mark.parametrize("block_bytes", [4096, BLOCK_BYTES])
 def test_blocks_count_from_the_first_byte_of_the_file(block_bytes):
     array = np.arange(3 * block_bytes // 4 // 2 * 2, dtype=np.float32)
-    data = file_of(ShardImage([piece("w", array)], block_bytes))
+    data = file_of(image_of([piece("w", array)], block_bytes))
     table_start, table = table_of(data)
     blocks = range(0, table_start, block_bytes)
     assert table == [checksum(data[at : min(at + block_bytes, table_start)]) for at in blocks]
@@ -299,13 +303,13 @@ def test_blocks_count_from_the_first_byte_of_the_file(block_bytes):
 
 
 def test_a_file_that_ends_with_a_block_has_no_block_more():
-    image = ShardImage([piece("w", np.zeros(4096, np.uint8))], 4096)
-    assert (image.blocks, image.table_start) == (2, 8192)
-    assert image.block(1) == (4096, 8192)
+    image = image_of([piece("w", np.zeros(4096, np.uint8))], 4096)
+    assert (image.layout.blocks, image.layout.table_start) == (2, 8192)
+    assert image.layout.block(1) == (4096, 8192)
 
 
 def test_a_file_without_tensors_has_the_checksum_of_its_header():
-    data = file_of(ShardImage([], 4096))
+    data = file_of(image_of([], 4096))
     assert table_of(data) == (4096, [crc32c_by_hand(data[:4096])])
 
 
@@ -360,10 +364,10 @@ def test_the_checksum_of_a_long_run_is_taken_in_steps():
 def test_a_file_holds_the_runs_whatever_their_arrays(found, block_bytes, data):
     found.sort(key=lambda source: -source[0].itemsize)
     pieces = [
-        Piece(f"p{number}", entry, (count,), array, first)
+        (Piece(f"p{number}", entry, (count,)), (array, first))
         for number, (entry, array, first, count) in enumerate(found)
     ]
-    image = ShardImage(pieces, block_bytes)
+    image = image_of(pieces, block_bytes)
     written = file_of(image)
     header, start = header_of(written)
     for number, (entry, array, first, count) in enumerate(found):
@@ -371,8 +375,8 @@ def test_a_file_holds_the_runs_whatever_their_arrays(found, block_bytes, data):
         expected = as_bytes(array)[first * entry.itemsize :][: count * entry.itemsize]
         assert written[start + begin : start + end] == expected
     # Any range of whole blocks is produced alike, in whatever order it is asked for.
-    low, high = sorted(data.draw(st.tuples(*[st.integers(0, image.blocks)] * 2)))
-    low, high = (min(at * block_bytes, image.table_start) for at in (low, high))
+    low, high = sorted(data.draw(st.tuples(*[st.integers(0, image.layout.blocks)] * 2)))
+    low, high = (min(at * block_bytes, image.layout.table_start) for at in (low, high))
     buffer = np.zeros(high - low, np.uint8)
     image.fill(buffer, low, high)
     assert buffer.tobytes() == written[low:high]
@@ -396,7 +400,7 @@ LARGE = np.arange(40_000, dtype=np.int32)
 )
 def test_an_array_over_many_blocks_is_stored_as_numpy_reads_it(array, tmp_path):
     path = tmp_path / "shard.safetensors"
-    path.write_bytes(file_of(ShardImage([piece("w", array)], 4096)))
+    path.write_bytes(file_of(image_of([piece("w", array)], 4096)))
     with safe_open(path, "numpy") as opened:
         assert np.array_equal(opened.get_tensor("w"), array)
 
@@ -404,7 +408,7 @@ def test_an_array_over_many_blocks_is_stored_as_numpy_reads_it(array, tmp_path):
 def test_a_box_inside_an_array_is_stored_as_a_run_of_it(tmp_path):
     array = np.arange(24.0).reshape(4, 6)
     path = tmp_path / "shard.safetensors"
-    path.write_bytes(file_of(ShardImage([piece("w@1:3,0:6", array, 6, (2, 6))], 4096)))
+    path.write_bytes(file_of(image_of([piece("w@1:3,0:6", array, 6, (2, 6))], 4096)))
     with safe_open(path, "numpy") as opened:
         assert np.array_equal(opened.get_tensor("w@1:3,0:6"), array[1:3])
 
@@ -413,34 +417,47 @@ def test_the_sources_are_not_changed():
     array = np.arange(10.0)[::-1].copy()
     array.flags.writeable = False
     before = array.copy()
-    file_of(ShardImage([piece("w", array)], 4096))
+    file_of(image_of([piece("w", array)], 4096))
     assert np.array_equal(array, before)
 
 
 # --------------------------------------------------------------------------------------- as written
 
 
-@pytest.mark.parametrize("staged", [False, True], ids=["streamed", "staged"])
-def test_a_written_file_is_the_image_and_its_table(staged):
-    image = ShardImage([piece("a", LARGE[::-1]), piece("b", np.arange(9, dtype=np.int8))], 4096)
-    store, arena = MemoryStore(), Arena()
-    recorder = Recorder()
-    copied = stage(image, arena) if staged else None
-    record = write_file(store, "shard", image, copied, file=7, recorder=recorder)
-    assert recorder.nbytes == image.length
+def test_a_written_file_is_the_image_and_its_table():
+    image = image_of([piece("a", LARGE[::-1]), piece("b", np.arange(9, dtype=np.int8))], 4096)
+    store, recorder = MemoryStore(), Recorder()
+    record = write_image(store, "shard", image, file=7, recorder=recorder)
+    assert recorder.nbytes == image.layout.length
     data = file_of(image)
     table_start, _ = table_of(data)
     assert store.objects == {"shard": data}
-    assert (record.file, record.length, record.data_start) == (7, len(data), image.data_start)
+    assert (record.file, record.length) == (7, len(data))
+    assert record.data_start == image.layout.data_start
     assert record.digest == table_digest(data[table_start:])
 
 
-def test_what_is_staged_may_change_afterwards():
-    array = np.arange(5000.0)
-    image = ShardImage([piece("w", array)], 4096)
-    before = file_of(image)
-    staged = stage(image, Arena())
-    array[:] = -1
-    store = MemoryStore()
-    write_file(store, "shard", image, staged, file=0, recorder=Recorder())
-    assert store.objects["shard"] == before
+@given(st.lists(st.integers(0, 700), max_size=40), st.integers(0, 1000))
+def test_any_stretch_of_a_file_is_produced_alike(lengths, seed):
+    """Small arrays together, parts of large ones, and what must be copied element by element."""
+    rng = np.random.default_rng(seed)
+    arrays = [rng.integers(0, 256, length, np.uint8) for length in lengths]
+    arrays = [array[::-1] if rng.random() < 0.2 else array for array in arrays]
+    image = image_of([piece(f"{i}", array) for i, array in enumerate(arrays)], 4096)
+    whole = np.empty(image.layout.table_start, np.uint8)
+    image.fill(whole, 0, len(whole))
+    data = image.layout.data_start
+    assert whole[:data].tobytes() == image.layout.header
+    assert whole[data:].tobytes() == b"".join(map(as_bytes, arrays))
+    start, stop = sorted(rng.integers(0, len(whole) + 1, 2).tolist())
+    part = np.empty(stop - start, np.uint8)
+    image.fill(part, start, stop)
+    assert part.tobytes() == whole[start:stop].tobytes()
+    view = image.view(start, stop)
+    assert view is None or view.tobytes() == part.tobytes()
+    found = [
+        i
+        for i in range(len(arrays))
+        if max(start, image.layout.starts[i]) < min(stop, image.layout.starts[i + 1])
+    ]
+    assert [i for i in image.layout.pieces_in(start, stop) if lengths[i]] == found

@@ -257,8 +257,9 @@ class _JsonReader:
         return tuple(self.number(item, where) for item in value)
 
     def number(self, value: object, where: str) -> int:
-        if type(value) is not int:
-            raise self.wrong(where, "an integer", repr(value))
+        # Beyond these bounds it is no size, and some numbers can't even be printed.
+        if type(value) is not int or not -(1 << 63) <= value < 1 << 63:
+            raise self.wrong(where, "an integer of 64 bits", repr(value))
         return value
 
     def wrong(self, where: str, expected: str, found: str) -> CorruptCheckpoint:

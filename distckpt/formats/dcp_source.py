@@ -220,7 +220,7 @@ class DcpSource:
     def _size(self, file: object) -> int:
         """Length of a file of the folder, and of no other."""
         steps = file.split("/") if isinstance(file, str) else [".."]
-        if not isinstance(file, str) or "\\" in file or {"", ".", ".."} & {*steps} or ":" in file:
+        if not isinstance(file, str) or {*"\\:\0"} & {*file} or {"", ".", ".."} & {*steps}:
             raise self._corrupt(
                 f"{shown(file)} is no file of this folder; nothing outside it is read"
             )

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from distckpt.api import open as open_checkpoint
+from distckpt.api import plan
 from distckpt.checkpoint import Checkpoint, StorageOptions, Url
 from distckpt.errors import CheckpointError, CheckpointNotFound, SaveFailed, text
 from distckpt.events import OnEvent, Teller
@@ -24,11 +25,11 @@ from distckpt.manager.pruning import Explanation, explain, prune
 from distckpt.manager.resume import agree_on_candidates, is_gone, load_first
 from distckpt.manager.stopping import STOP_SIGNALS, Stopping
 from distckpt.match import Prefixes, Rename
-from distckpt.pending import PendingCheckpoint, start_save
+from distckpt.pending import PendingCheckpoint, make_ready, start_save
 from distckpt.plan import Replicas
 from distckpt.policy import KeepPolicy, Moment, SavePolicy, metrics_of, number, uses_metrics
 from distckpt.policy.keeping import ranking
-from distckpt.prepare import OnFailure, Options, check_on_failure
+from distckpt.prepare import Lazy, OnFailure, Options, check_on_failure, check_staging
 from distckpt.progress import Bar, Progress
 from distckpt.store import Store, open_store
 from distckpt.team import COORDINATOR, Late, Team, connect
@@ -80,6 +81,12 @@ class Manager:
             everything, if None. The newest committed checkpoint always is, and what is pinned, held
             by a reader, or damaged.
         max_pending: How many saves may be in flight. One more waits for the first of them.
+        lazy: As in `distckpt.save_async`, and so are the next two.
+        check_lazy: See there.
+        staging_bytes: See there.
+        state: What will be saved, or a state like it: it is planned, and memory for its copies is
+            made ready in the background, so that the first save stalls hardly longer than others.
+            Not kept. With it, this is collective.
         replicas: As in `distckpt.save`.
         on_failure: ``"raise"``: a save that failed is raised by the save or `wait` that waits for
             it. ``"warn"``: it is logged, told as an event, and training goes on.
@@ -113,6 +120,10 @@ class Manager:
         save: SavePolicy | None = None,
         keep: KeepPolicy | None = None,
         max_pending: int = 1,
+        lazy: Lazy = False,
+        check_lazy: bool = False,
+        staging_bytes: int | None = None,
+        state: object = None,
         replicas: Replicas = "check",
         on_failure: OnFailure = "raise",
         stop_signals: Iterable[int] | None = None,
@@ -123,12 +134,14 @@ class Manager:
         storage_options: StorageOptions = None,
     ) -> None:
         check_on_failure(on_failure)
+        check_staging(lazy, staging_bytes)
         if max_pending < 1:
             raise ValueError(f"max_pending={max_pending}: expected at least 1")
         self._policy = _checked(save, "save", "due")
         self._keep = _checked(keep, "keep", "kept")
         self._max_pending = max_pending
         self._replicas = replicas
+        self._lazy, self._check_lazy, self._staging_bytes = lazy, check_lazy, staging_bytes
         self._on_failure: OnFailure = on_failure
         self._timeout_s = timeout_s
         self._store: Store = open_store(root, storage_options=storage_options)
@@ -156,6 +169,9 @@ class Manager:
         self._has_committed = False
         self._is_stopping = False
         self._is_closed = False
+        if state is not None:
+            planned = plan(state, comm=comm, replicas=replicas, timeout_s=timeout_s)
+            make_ready(self._team, planned.rank_bytes[self._team.rank], staging_bytes)
 
     def __enter__(self) -> Self:
         return self
@@ -263,6 +279,9 @@ class Manager:
         options = Options(
             overwrite=True,
             replicas=self._replicas,
+            lazy=self._lazy,
+            check_lazy=self._check_lazy,
+            staging_bytes=self._staging_bytes,
             metadata=metadata,
             metrics=metrics,
             step=step,

@@ -24,6 +24,8 @@ from distckpt.store.base import (
     partial_name,
     partial_of,
     read_object,
+    wants_aligned,
+    writes_at_once,
 )
 from distckpt.store.filesystem import FsspecStore
 from distckpt.store.local import LocalStore
@@ -40,6 +42,8 @@ __all__ = [
     "partial_name",
     "partial_of",
     "read_object",
+    "wants_aligned",
+    "writes_at_once",
 ]
 
 _S3 = ("s3://", "s3a://")

@@ -27,7 +27,7 @@ import numpy as np
 import distckpt
 from distckpt import dtypes
 from distckpt.testing import run_ranks
-from distckpt.writer import build_images
+from distckpt.writer import Layouts
 
 FOLDER = Path(__file__).parent / "format-v1"
 RANKS = 3
@@ -157,9 +157,9 @@ def fixed(*, block_bytes: int | None = None) -> Iterator[None]:
         if block_bytes is None:
             yield
             return
-        images = partial(build_images, block_bytes=block_bytes)
+        layouts = partial(Layouts, block_bytes=block_bytes)
         with (
-            patch("distckpt.prepare.build_images", images),
+            patch("distckpt.prepare.Layouts", layouts),
             patch("distckpt.commit.BLOCK_BYTES", block_bytes),
         ):
             yield
