@@ -102,7 +102,8 @@ SIGNATURES = {
     "KeepBest": "metric count=1 lowest=True",
     "KeepEvery": "steps=None * seconds=None",
     "KeepFor": "seconds",
-    "Manager": "root * comm=None save keep max_pending=1 replicas='check' on_failure='raise' "
+    "Manager": "root * comm=None save keep max_pending=1 lazy=False check_lazy=False "
+    "staging_bytes=None state=None replicas='check' on_failure='raise' "
     "stop_signals=None max_seconds=None on_event=None progress=False timeout_s=600 "
     "storage_options=None",
     "Manager.load_latest_into": "self net * default=None strict=True filter_prefix=() "
