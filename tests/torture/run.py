@@ -1,7 +1,9 @@
 """``make torture``: everything that is tried at large, and the report in docs/reliability.md.
 
 Each part runs in a process of its own, under a time-out, as many at once as there are cores.
-``python run.py [--scale quick] [--only PART]``; if anything was found, it ends with status 1.
+``python run.py [--scale quick] [--only PART]``; if anything was found, the status is 1. What came
+of each part is kept in ``build/torture``, so that one can be run again by itself: the report is
+made of the newest of each, once all have been run in full, and says of when they are.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ import test_manager_model
 
 ROOT = Path(__file__).parents[2]
 REPORT = ROOT / "docs" / "reliability.md"
+RESULTS = ROOT / "build" / "torture"
 _BEGIN, _END = "<!-- written by make torture -->\n", "<!-- end -->\n"
 
 
@@ -49,6 +52,23 @@ class Result:
     cases: int
     text: str
     wrong: list
+
+
+@dataclass
+class Ended:
+    """A part that was run.
+
+    Attributes:
+        name: Its name.
+        result: What came of it.
+        seconds: How long it took.
+        date: When.
+    """
+
+    name: str
+    result: Result
+    seconds: float
+    date: str
 
 
 @dataclass(frozen=True)
@@ -169,7 +189,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--scale", choices=_sizes(0, 0, 0), default="full")
     parser.add_argument("--part", help="run this one, here, and print its result as JSON")
-    parser.add_argument("--only", help="run the parts whose names begin so; write no report")
+    parser.add_argument("--only", help="run the parts whose names begin so")
     chosen = parser.parse_args()
     if chosen.part is not None:
         logging.disable()  # saves that are made to fail say so
@@ -177,18 +197,29 @@ def main():
         print(json.dumps(asdict(part.run(part.sizes[chosen.scale]))))
         return 0
     parts = [part for part in PARTS if part.name.startswith(chosen.only or "")]
-    begun = time.monotonic()
     with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
         ended = list(pool.map(partial(_run, scale=chosen.scale), parts))
-    table = _table(ended, time.monotonic() - begun)
-    print(table)
-    wrong = [f"{part.name}: {text}" for part, found, _ in ended for text in found.wrong]
+    print(_table(ended))
+    wrong = [f"{one.name}: {text}" for one in ended for text in one.result.wrong]
     for text in wrong:
         print(text, file=sys.stderr)
     # A little of it is no report.
-    if chosen.only is None and chosen.scale == "full":
-        _write(table)
+    if chosen.scale == "full":
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        for one in ended:
+            _kept(one.name).write_text(json.dumps(asdict(one)))
+        if all(_kept(part.name).is_file() for part in PARTS):
+            _write(_table([_read(_kept(part.name)) for part in PARTS]))
     return bool(wrong)
+
+
+def _kept(name):
+    return RESULTS / f"{name}.json"
+
+
+def _read(path):
+    found = json.loads(path.read_text())
+    return Ended(**{**found, "result": Result(**found["result"])})
 
 
 def _run(part, *, scale):
@@ -216,26 +247,27 @@ def _run(part, *, scale):
     print(
         f"== {part.name}: {result.cases} in {seconds:.0f} s, {len(result.wrong)} wrong", flush=True
     )
-    return part, result, seconds
+    return Ended(part.name, result, seconds, time.strftime("%Y-%m-%d"))
 
 
-def _table(ended, seconds):
+def _table(ended):
     """The report, as Markdown."""
     # Parts that differ in their seed alone are one line.
     lines = {}
-    for part, result, took in ended:
-        name = part.name.partition(", seed")[0]
-        before = lines.setdefault(name, [0, result.text, 0, 0.0])
-        before[0] += result.cases
-        before[2] += len(result.wrong)
-        before[3] += took
+    for one in ended:
+        name = one.name.partition(", seed")[0]
+        before = lines.setdefault(name, [0, one.result.text, 0, 0.0])
+        before[0] += one.result.cases
+        before[2] += len(one.result.wrong)
+        before[3] += one.seconds
     rows = [
         f"| {name} | {cases:,} | {text} | {wrong or 'nothing'} | {took / 60:.1f} |"
         for name, (cases, text, wrong, took) in lines.items()
     ]
+    dates = sorted({one.date for one in ended})
     where = (
-        f"`make torture` on {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, Linux "
-        f"{platform.release()}, Python {platform.python_version()}: {seconds / 60:.0f} minutes."
+        f"`make torture` on {' and '.join(dates)}, {os.cpu_count()} cores, Linux "
+        f"{platform.release()}, Python {platform.python_version()}. Two parts run at once."
     )
     return "\n".join(
         [
