@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from distckpt.checkpoint import StorageOptions, Url
 from distckpt.errors import CheckpointError, size_text, text
 from distckpt.manifest import MANIFEST_NAME
-from distckpt.marks import is_held, name_parts
+from distckpt.marks import is_held, is_old, name_parts
 from distckpt.reader import read_manifest
 from distckpt.run import OWN, is_note, step_of
 from distckpt.store import PrefixStore, Store, open_store, partial_of
@@ -95,9 +95,10 @@ def clean(
     """Delete what saves that died have left in a checkpoint's folder, or in all of a run's.
 
     A save is removed only if no manifest names its id, and all of its objects are older than the
-    grace time: a save that is still running looks the same as one that died (invariant I5). Where
-    there is a manifest that can't be read, or one of a newer version, nothing is removed. Not
-    collective: call it on one rank.
+    grace time: a save that is still running looks the same as one that died (invariant I5). Beside
+    a checkpoint, those holds and marks of deletion go that nobody respects any more. Where there is a
+    manifest that can't be read, or one of a newer version, nothing is removed. Not collective: call
+    it on one rank.
 
     Args:
         url: A checkpoint's folder, or the root of a run.
@@ -148,16 +149,22 @@ def _clean_folder(
         if groups:
             report.not_understood[store.url] = text(exc)
         return
-    for save_id, members in sorted(groups.items()):
-        if save_id and save_id == committed:
-            continue
+    for save_id, everything in sorted(groups.items()):
+        is_committed = bool(save_id) and save_id == committed
+        members = everything
+        if is_committed:
+            # Beside a checkpoint: holds of readers, and marks of deleters, that died.
+            beside = [name for name in everything if name_parts(name)]
+            members = [name for name in beside if is_old(store, name, now_s=now())]
+            if not members:
+                continue
         found = _look_at(store, save_id, members, before_s=now() - grace_s, grace_s=grace_s)
         if found.why_kept:
             report.kept.append(found)
             continue
         if not report.dry_run:
             # Once more, as late as can be: looking at a large folder takes its time.
-            if save_id and _committed(store) == save_id:
+            if save_id and not is_committed and _committed(store) == save_id:
                 continue
             store.delete(found.names)
             logger.info("removed %s", found)

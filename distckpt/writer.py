@@ -22,14 +22,14 @@ from distckpt.shardfile import (
     piece_key,
     table_digest,
 )
-from distckpt.staging import Staging
+from distckpt.staging import Staging, fill_checked
 from distckpt.state import Array, TensorLeaf
 from distckpt.stats import Recorder
 from distckpt.store import Sink, Store, wants_aligned, writes_at_once
 from distckpt.waiting import Interrupt
 
-# Small enough to stay in the processor's cache between its copying, its checksum and its writing.
-_PIECE_BYTES = 1 << 20
+# Past the page cache, shorter requests keep a disk waiting for the next.
+_REQUEST_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +161,8 @@ def write_image(
 ) -> FileRecord:
     """Write a file whose arrays do not change meanwhile, durably.
 
-    Each block goes by way of a buffer that stays in the processor's cache, where its checksum is
-    taken; where the storage takes any memory, not even that. Several blocks at once where that is
+    By way of a small buffer, where checksums are taken of what is still in the processor's cache;
+    where the storage takes any memory, straight from the arrays. From several threads where that is
     faster.
 
     Args:
@@ -223,14 +223,16 @@ class _Blocks:
     ) -> None:
         self._image, self._sink = image, sink
         self._recorder, self._interrupt = recorder, interrupt
-        self._numbers = iter(range(image.layout.blocks))
+        wanted = _REQUEST_BYTES if wants_aligned(sink) else 0
+        self._step = max(1, wanted // image.layout.block_bytes)  # blocks a request
+        self._firsts = iter(range(0, image.layout.blocks, self._step))
         self._failed: list[BaseException] = []
         self._counting = threading.Lock()
         self.checksums = [0] * image.layout.blocks
 
     def write(self) -> None:
         """Write them all: in this thread, and in a few more where that is faster."""
-        count = min(writes_at_once(self._sink), self._image.layout.blocks)
+        count = min(writes_at_once(self._sink), -(-self._image.layout.blocks // self._step))
         helpers = [threading.Thread(target=self._help) for _ in range(count - 1)]
         for helper in helpers:
             helper.start()
@@ -252,23 +254,21 @@ class _Blocks:
             self._failed.append(exc)
 
     def _work(self) -> None:
-        layout = self._image.layout
-        scratch = allocate(min(_PIECE_BYTES, layout.block_bytes))
-        for index in self._numbers:  # each number is given to one thread
+        layout, step = self._image.layout, self._step
+        scratch = allocate(min(step * layout.block_bytes, layout.table_start))
+        for first in self._firsts:  # each number is given to one thread
             if self._failed:
                 return
             if self._interrupt is not None:
                 self._interrupt.check()
-            start, stop = layout.block(index)
-            value = 0
-            for at in range(start, stop, len(scratch)):
-                end = min(at + len(scratch), stop)
-                data = None if wants_aligned(self._sink) else self._image.view(at, end)
-                if data is None:
-                    data = scratch[: end - at]
-                    self._image.fill(data, at, end)
-                value = checksum(data.data, value)
-                self._sink.write_at(at, data.data)
-            self.checksums[index] = value
+            blocks = range(first, min(first + step, layout.blocks))
+            start, stop = layout.block(first)[0], layout.block(blocks[-1])[1]
+            data = None if wants_aligned(self._sink) else self._image.view(start, stop)
+            if data is not None and len(blocks) == 1:
+                self.checksums[first] = checksum(data.data)
+            else:
+                data = scratch[: stop - start]
+                self.checksums[first : blocks.stop] = fill_checked(self._image, data, blocks)
+            self._sink.write_at(start, data.data)
             with self._counting:
                 self._recorder.nbytes += stop - start

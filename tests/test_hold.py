@@ -27,7 +27,7 @@ from distckpt.clean import clean
 from distckpt.deletion import delete_replaced, delete_unless_held, finish_deletions
 from distckpt.hold import Hold
 from distckpt.manifest import MANIFEST_NAME
-from distckpt.marks import name_parts
+from distckpt.marks import name_parts, new_name
 from distckpt.reader import read_manifest
 from distckpt.store import open_store, read_object
 from distckpt.testing import FaultyStore, MemoryStore, run_ranks
@@ -591,6 +591,19 @@ def test_cleaning_up_removes_the_holds_and_marks_of_the_dead_too():
     a_day_later = run.now_s + 24 * 3600 + 1
     clean(run.store, dry_run=False, now=lambda: a_day_later)
     assert run.store.objects == {}
+
+
+def test_cleaning_up_beside_a_checkpoint_removes_only_what_nobody_respects_any_more():
+    run = Clocked()
+    checkpoint = sorted(run.store.objects)
+    # A reader that dies, and a deleter that does when it has written its mark.
+    forgotten(run.hold())
+    run.store.put(new_name("deletion", run.manifest.save_id), b"", replace=True)
+    assert kinds(run.store) == ["deletion", "hold"]
+    for age_s, left in ((599, ["deletion", "hold"]), (601, [])):
+        clean(run.store, grace_s=0, dry_run=False, now=lambda at=run.now_s + age_s: at)
+        assert kinds(run.store) == left
+    assert sorted(run.store.objects) == checkpoint
 
 
 # ------------------------------------------------------------------------------ readers without one
