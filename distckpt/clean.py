@@ -96,9 +96,9 @@ def clean(
 
     A save is removed only if no manifest names its id, and all of its objects are older than the
     grace time: a save that is still running looks the same as one that died (invariant I5). Beside
-    a checkpoint, those holds and marks of deletion go that nobody respects any more. Where there is a
-    manifest that can't be read, or one of a newer version, nothing is removed. Not collective: call
-    it on one rank.
+    a checkpoint, those holds and marks of deletion go that nobody respects any more. Where there is
+    a manifest that can't be read, or one of a newer version, nothing is removed. Not collective:
+    call it on one rank.
 
     Args:
         url: A checkpoint's folder, or the root of a run.
