@@ -14,7 +14,14 @@ from distckpt.errors import text
 from distckpt.prepare import Options, Save, prepare, unseen_of
 from distckpt.stats import SaveStats
 from distckpt.team import COORDINATOR, Team
-from distckpt.waiting import Waiting, drive, in_thread, join_at_exit, step_back
+from distckpt.waiting import (
+    Waiting,
+    drive,
+    in_thread,
+    join_at_exit,
+    quick_switches,
+    step_back,
+)
 
 logger = logging.getLogger(__name__)
 _THREAD = "distckpt-save"
@@ -191,7 +198,8 @@ class PendingCheckpoint:
 
     def _write(self) -> None:
         step_back()
-        write(self._save)
+        with quick_switches:
+            write(self._save)
         if self._staging is not None:
             self._staging.release()
         self._save.images = {}
@@ -199,7 +207,8 @@ class PendingCheckpoint:
 
     def _write_and_commit(self) -> None:
         self._write()
-        drive(self._commit)
+        with quick_switches:
+            drive(self._commit)
 
     def _advance(self) -> bool:
         """Drive the commit a step further, without blocking. Returns whether all is done."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
+import time
 import weakref
 
 import numpy as np
@@ -19,6 +21,7 @@ from distckpt.staging import LATER, NEVER, NOW, Staging, when_copied
 from distckpt.state import flatten
 from distckpt.store import LocalStore
 from distckpt.testing import MemoryStore, run_ranks
+from distckpt.waiting import quick_switches
 
 BLOCK = 4096
 
@@ -285,6 +288,39 @@ def test_an_immutable_array_is_let_go_when_it_is_written(tmp_path):
     pending.wait()
     gc.collect()
     assert gone() is None
+
+
+def test_the_interpreters_lock_changes_hands_sooner_while_saves_are_in_flight():
+    before = sys.getswitchinterval()
+    stores = [SlowStore(), SlowStore()]
+    saves = [distckpt.save_async(store, {"w": np.ones(3)}) for store in stores]
+    try:
+        wait_for(lambda: sys.getswitchinterval() < before / 2)
+        stores[0].go.set()
+        saves[0].wait()
+        assert sys.getswitchinterval() < before / 2
+    finally:
+        for store, pending in zip(stores, saves, strict=True):
+            store.go.set()
+            pending.close()
+    wait_for(lambda: sys.getswitchinterval() == before)
+
+
+def test_a_switch_interval_that_the_program_sets_meanwhile_stays():
+    before = sys.getswitchinterval()
+    try:
+        with quick_switches:
+            sys.setswitchinterval(0.25)
+        assert sys.getswitchinterval() == 0.25
+    finally:
+        sys.setswitchinterval(before)
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 # ------------------------------------------------------------------------------------- local files
