@@ -160,9 +160,6 @@ def _killing(folder, case, rank, log):
         if case.point is None and len(log.operations) != case.moment:
             return
         facts = log.facts() | {"at": [operation.kind, operation.name]}
-        after = case.point is not None and points.ALL[case.point].after
-        done = Log([*log.operations, (operation.kind, operation.name)]) if after else log
-        facts |= {key: done.facts()[key] for key in ("commits", "outcomes")}
         _write(folder / "killed", json.dumps(facts))
         if case.everyone:
             for other in range(RANKS):
