@@ -178,14 +178,40 @@ class ShardImage:
         """Return the array that holds a piece."""
         return self._sources[piece][0]
 
-    def view(self, start_byte: int, stop_byte: int) -> np.ndarray | None:
-        """View bytes of the file where they lie (uint8); None if they don't lie in one place."""
-        layout = self.layout
-        index = bisect_right(layout.starts, start_byte) - 1
-        if index < 0 or index >= len(self._views) or layout.starts[index + 1] < stop_byte:
-            return None
-        view, begin = self._views[index], layout.starts[index]
-        return None if view is None else view[start_byte - begin : stop_byte - begin]
+    def fill_checked(
+        self, buffer: np.ndarray, start_byte: int, stop_byte: int, *, piece_bytes: int
+    ) -> int:
+        """Produce bytes as `fill` does, and take their checksum while they are in the cache.
+
+        Of the copy, and not of the arrays: where another thread changes one meanwhile, the file is
+        still what its checksums say.
+
+        Args:
+            buffer: As in `fill`, and so are the bounds.
+            start_byte: See there.
+            stop_byte: See there.
+            piece_bytes: So much is copied before its checksum is taken; a power of two.
+        """
+        value, at, starts = 0, start_byte, self.layout.starts
+        while at < stop_byte:
+            # As far as one array goes, straight from it.
+            index = bisect_right(starts, at) - 1
+            view = self._views[index] if 0 <= index < len(self._views) else None
+            end = min(stop_byte, starts[index + 1]) if view is not None else at
+            if view is None or end - at < piece_bytes:
+                end = min(at + piece_bytes, stop_byte)
+                piece = buffer[at - start_byte : end - start_byte]
+                self.fill(piece, at, end)
+                value, at = checksum(piece.data, value), end
+                continue
+            source = view[at - starts[index] : end - starts[index]]
+            out = buffer[at - start_byte : end - start_byte]
+            for first in range(0, end - at, piece_bytes):
+                piece = out[first : first + piece_bytes]
+                piece[:] = source[first : first + piece_bytes]
+                value = checksum(piece.data, value)
+            at = end
+        return value
 
     def fill(self, buffer: np.ndarray, start_byte: int, stop_byte: int) -> None:
         """Produce bytes of the file before its table.

@@ -22,10 +22,8 @@ from distckpt.frameworks import jax
 from distckpt.shardfile import ShardImage, ShardLayout, checksum
 from distckpt.state import FlatShard, Shard, TensorLeaf
 
-# What is copied before its checksum is taken: so small that it stays in the processor's cache. In
-# the background so large that the interpreter's lock, which training holds, is asked for seldom.
-_PIECE_BYTES = 1 << 20
-_BACKGROUND_PIECE_BYTES = 8 << 20
+# What is copied before its checksum is taken: so small that it stays in the processor's cache.
+_PIECE_BYTES = 512 << 10
 # What is written with one request. Each return to Python may wait for the interpreter's lock.
 _REQUEST_BYTES = 128 << 20
 _CHUNK_BYTES = 32 << 20
@@ -53,16 +51,13 @@ def _is_immutable(leaf: TensorLeaf) -> bool:
     return base is None or isinstance(base, bytes)
 
 
-def fill_checked(
-    image: ShardImage, out: np.ndarray, blocks: range, *, piece_bytes: int = _PIECE_BYTES
-) -> list[int]:
+def fill_checked(image: ShardImage, out: np.ndarray, blocks: range) -> list[int]:
     """Produce blocks of a file, and take their checksums while they are in the processor's cache.
 
     Args:
         image: The file.
         out: Takes the blocks, one after another (uint8).
         blocks: Which.
-        piece_bytes: How much is copied before its checksum is taken; a power of two.
 
     Returns:
         One checksum a block.
@@ -71,13 +66,8 @@ def fill_checked(
     origin = blocks.start * layout.block_bytes
     for index in blocks:
         start, stop = layout.block(index)
-        value = 0
-        for at in range(start, stop, piece_bytes):
-            end = min(at + piece_bytes, stop)
-            piece = out[at - origin : end - origin]
-            image.fill(piece, at, end)
-            value = checksum(piece.data, value)
-        checksums.append(value)
+        block = out[start - origin : stop - origin]
+        checksums.append(image.fill_checked(block, start, stop, piece_bytes=_PIECE_BYTES))
     return checksums
 
 
@@ -165,7 +155,7 @@ class Staging:
             return
         self._later = LATER in kinds
         self._take([(file, run) for file, run in self._all() if run.when in kinds])
-        self._copy(NOW, _PIECE_BYTES)
+        self._copy(NOW)
         self._now_copied.set()
         if not later:
             self._copied.set()
@@ -191,39 +181,27 @@ class Staging:
         return self._later and not self._copied.is_set()
 
     def copy_rest(self) -> None:
-        """Copy what may change only after the fence, if there is memory for it.
-
-        Raises:
-            SaveFailed: It has changed already, and that was to be detected.
-        """
+        """Copy what may change only after the fence, if there is memory for it."""
         if self.has_rest:
-            self._copy(LATER, _BACKGROUND_PIECE_BYTES)
+            self._copy(LATER)
             self._copied.set()
 
     def chunks(self, file: int) -> Iterator[Chunk]:
         """Yield a file's bytes in order, its checksum table last.
 
-        The last chunk must be of the last file asked for: files are asked for in order.
+        Files are asked for in order, each once.
 
         Raises:
-            SaveFailed: As `copy_rest`.
+            SaveFailed: A lazy array has changed before it was copied, and that was to be detected.
         """
         image = self._images[file]
         for run in self._runs[file]:
             if run.memory is None:
                 yield from self._streamed(image, run)
                 self._note_copied(run)
-                continue
-            start, data = run.blocks.start * image.layout.block_bytes, run.memory
-            if run is self._runs[file][-1]:
-                # The table goes with the last request, behind the blocks.
-                size = image.layout.table_start - start
-                data[size : size + 4 * image.layout.blocks] = self._table(file)
-                size += 4 * image.layout.blocks
             else:
-                size = len(run.blocks) * image.layout.block_bytes
-            for at in range(0, size, _REQUEST_BYTES):
-                yield Chunk(start + at, data[at : min(at + _REQUEST_BYTES, size)])
+                yield from self._staged(file, run, run.memory)
+            self._compare(image, run)
         if not self._runs[file] or self._runs[file][-1].memory is None:
             yield Chunk(image.layout.table_start, self._table(file))
 
@@ -269,12 +247,29 @@ class Staging:
             run.memory = self._memory[at : at + size]
             at += size
 
-    def _copy(self, when: int, piece_bytes: int) -> None:
+    def _copy(self, when: int) -> None:
         for file, run in self._all():
             if run.when == when and run.memory is not None:
-                image = self._images[file]
-                run.checksums = fill_checked(image, run.memory, run.blocks, piece_bytes=piece_bytes)
-                self._compare(image, run)
+                layout = self._images[file].layout
+                start, stop = layout.block(run.blocks[0])[0], layout.block(run.blocks[-1])[1]
+                self._images[file].fill(run.memory[: stop - start], start, stop)
+
+    def _staged(self, file: int, run: Run, memory: np.ndarray) -> Iterator[Chunk]:
+        """Yield what was copied, in large chunks; the table behind the last block goes with it."""
+        layout = self._images[file].layout
+        origin, step = run.blocks[0] * layout.block_bytes, _REQUEST_BYTES // layout.block_bytes
+        for first in range(run.blocks.start, run.blocks.stop, step):
+            blocks = range(first, min(first + step, run.blocks.stop))
+            for index in blocks:
+                start, stop = layout.block(index)
+                # Not in the copy: training waits for that, and here it costs no more.
+                run.checksums.append(checksum(memory[start - origin : stop - origin].data))
+            start, stop = layout.block(first)[0], layout.block(blocks[-1])[1]
+            if blocks[-1] == layout.blocks - 1:
+                table = self._table(file)
+                memory[stop - origin : stop - origin + len(table)] = table
+                stop += len(table)
+            yield Chunk(start, memory[start - origin : stop - origin])
 
     def _streamed(self, image: ShardImage, run: Run) -> Iterator[Chunk]:
         """Produce a run chunk by chunk, in memory that is given back at its end."""
@@ -288,14 +283,11 @@ class Staging:
             step = len(buffer) // block_bytes
             for first in range(run.blocks.start, run.blocks.stop, step):
                 blocks = range(first, min(first + step, run.blocks.stop))
-                run.checksums += fill_checked(
-                    image, buffer, blocks, piece_bytes=_BACKGROUND_PIECE_BYTES
-                )
+                run.checksums += fill_checked(image, buffer, blocks)
                 start, stop = image.layout.block(first)[0], image.layout.block(blocks[-1])[1]
                 yield Chunk(start, buffer[: stop - start])
         finally:
             self._arena.give_back(buffer)
-        self._compare(image, run)
 
     def _note_copied(self, run: Run) -> None:
         """Set the events whose last run this was."""

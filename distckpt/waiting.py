@@ -18,18 +18,30 @@ from typing import TypeVar
 T = TypeVar("T")
 Waiting = Generator[None, None, T]
 
+# A step of a protocol that takes longer has not only looked whether something has come.
+_STEP_S = 1e-3
+_SHORTEST_PAUSE_S = 2e-5
 # How long a thread of a save waits for the interpreter's lock while another runs Python.
-_SWITCH_S = 5e-4
+_SWITCH_S = 1e-4
 # How long a process whose program ends with an error goes on with what is left to do.
 _PATIENCE_AFTER_ERROR_S = 3.0
 
 
-def drive(protocol: Waiting[T], meanwhile: Callable[[], None] | None = None) -> T:
+def drive(
+    protocol: Waiting[T], meanwhile: Callable[[], None] | None = None, *, patient: bool = True
+) -> T:
     """Run a protocol to its end in this thread, with growing pauses while nothing comes.
 
     A blocking receive would spin on a core that training needs.
+
+    Args:
+        protocol: The protocol.
+        meanwhile: Called after each of its steps.
+        patient: Whether training goes on meanwhile, so that the processor counts for more than the
+            moment. Else the pauses grow with the time that it has waited.
     """
-    pause_s = 2e-5
+    began = since = time.monotonic()
+    pause_s = _SHORTEST_PAUSE_S
     while True:
         try:
             next(protocol)
@@ -38,8 +50,13 @@ def drive(protocol: Waiting[T], meanwhile: Callable[[], None] | None = None) -> 
             return result
         if meanwhile is not None:
             meanwhile()
+        now = time.monotonic()
+        if now - began > _STEP_S:  # something had come
+            since, pause_s = now, _SHORTEST_PAUSE_S
         time.sleep(pause_s)
-        pause_s = min(pause_s * 1.6, 2e-3)
+        began = time.monotonic()
+        longest_s = 2e-3 if patient else min(max(2e-4, (began - since) / 16), 2e-3)
+        pause_s = min(pause_s * 1.6, longest_s)
 
 
 class Backlog:
@@ -68,8 +85,8 @@ class Backlog:
         self._steps = [step for step in self._steps if not step()]
 
     def drive(self, protocol: Waiting[T]) -> T:
-        """Run a protocol to its end in this thread, and advance these meanwhile."""
-        return drive(protocol, self.advance if self._steps else None)
+        """Run a protocol to its end in this thread, which waits for it; advance these meanwhile."""
+        return drive(protocol, self.advance if self._steps else None, patient=False)
 
     def _finish(self) -> None:
         """At exit: without this, other ranks would wait for a commit that nobody drives."""

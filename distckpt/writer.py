@@ -18,7 +18,6 @@ from distckpt.shardfile import (
     ShardImage,
     ShardLayout,
     blob_key,
-    checksum,
     piece_key,
     table_digest,
 )
@@ -162,8 +161,7 @@ def write_image(
     """Write a file whose arrays do not change meanwhile, durably.
 
     By way of a small buffer, where checksums are taken of what is still in the processor's cache;
-    where the storage takes any memory, straight from the arrays. From several threads where that is
-    faster.
+    from several threads where that is faster.
 
     Args:
         store: Where to.
@@ -263,12 +261,8 @@ class _Blocks:
                 self._interrupt.check()
             blocks = range(first, min(first + step, layout.blocks))
             start, stop = layout.block(first)[0], layout.block(blocks[-1])[1]
-            data = None if wants_aligned(self._sink) else self._image.view(start, stop)
-            if data is not None and len(blocks) == 1:
-                self.checksums[first] = checksum(data.data)
-            else:
-                data = scratch[: stop - start]
-                self.checksums[first : blocks.stop] = fill_checked(self._image, data, blocks)
+            data = scratch[: stop - start]
+            self.checksums[first : blocks.stop] = fill_checked(self._image, data, blocks)
             self._sink.write_at(start, data.data)
             with self._counting:
                 self._recorder.nbytes += stop - start
