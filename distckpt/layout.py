@@ -201,6 +201,16 @@ class Layout:
             elements = np.multiply.outer(elements, stop - start).reshape(-1)
         return file, elements * uncut
 
+    def elements_before(self) -> np.ndarray:
+        """(boxes,) the number of elements that the boxes before each have in the same file."""
+        elements = self.elements()
+        order = np.argsort(self.file, kind="stable")
+        total = np.cumsum(elements[order]) - elements[order]
+        first = np.searchsorted(self.file[order], self.file[order])
+        before: np.ndarray = np.empty_like(total)
+        before[order] = total - total[first]
+        return before
+
     def elements(self) -> np.ndarray:
         """(boxes,) the number of elements of each box."""
         size: np.ndarray = (self.stop - self.start).prod(axis=1)

@@ -66,12 +66,12 @@ def plan_load(
         MatchError: Names, shapes, dtypes and kinds that do not fit, all at once.
     """
     ranks = len(calls)
-    helds = [holdings_from_plain(call["tensors"]) for call in calls]
-    names = dict.fromkeys(
-        name
-        for held, call in zip(helds, calls, strict=True)
-        for name in (*held.names, *call["values"], *call["per_rank"])
-    )
+    helds, like = _held(calls)
+    names: dict[str, None] = {}
+    for rank, call in enumerate(calls):
+        if like[rank] == rank:
+            names.update(dict.fromkeys(helds[rank].names))
+        names.update(dict.fromkeys((*call["values"], *call["per_rank"])))
     matching = match(
         manifest.all_names,
         names,
@@ -83,8 +83,9 @@ def plan_load(
     )
     mismatched: dict[str, str] = {}
     cast: dict[str, str] = {}
-    for held in helds:
-        _compare(manifest, matching, held, options=options, mismatched=mismatched, cast=cast)
+    kinds = sorted(set(like))
+    for rank in kinds:
+        _compare(manifest, matching, helds[rank], options=options, mismatched=mismatched, cast=cast)
     for rank, call in enumerate(calls):
         found = _compare_kinds(manifest, matching, call, rank=rank, ranks=ranks)
         mismatched.update(found)
@@ -95,13 +96,18 @@ def plan_load(
             f"loaded:\n  {lines}",
             mismatched=mismatched,
         )
-    keeps = [_stored_codes(manifest, matching, held) for held in helds]
-    pieces, itemsize, blobs, wants = _wants(manifest, matching, helds, calls, keeps)
+    of_kind = {rank: _saved(manifest, matching, helds[rank].names) for rank in kinds}
+    targets = [
+        _Targets.of(manifest, held, of_kind[first]) for held, first in zip(helds, like, strict=True)
+    ]
+    pieces, itemsize, blobs, wants = _wants(manifest, matching, targets, calls)
     is_blob = wants.tensor >= len(manifest.names)
     narrow_row = np.zeros(len(wants.tensor), bool)
     if cast:
-        stored = np.concatenate(keeps)
-        wanted = np.concatenate([_per_target(held, held.dtype) for held in helds])[stored > 0]
+        stored = np.concatenate([target.keep for target in targets])
+        wanted = np.concatenate(
+            [held.dtype[target.item] for held, target in zip(helds, targets, strict=True)]
+        )[stored > 0]
         narrow_row[~is_blob] = [
             saved != code and dtypes.is_narrowing(dtypes.BY_CODE[saved], dtypes.BY_CODE[code])
             for saved, code in zip(stored[stored > 0].tolist(), wanted.tolist(), strict=True)
@@ -120,7 +126,7 @@ def plan_load(
         used = np.union1d(first.file[first.reader == rank], second.file[second.reader == rank])
         answers.append(
             {
-                "keep": keeps[rank],
+                "keep": targets[rank].keep,
                 "first": fragments_to_plain(first),
                 "second": fragments_to_plain(second),
                 "files": [(number, *_stored_file(manifest, number)) for number in used.tolist()],
@@ -131,6 +137,7 @@ def plan_load(
                     if name in matching.pairs
                 },
                 "blobs": blobs[rank],
+                "looks": len(firsts.reader) > 0 or any(blobs),
                 "same_ranks": manifest.ranks == ranks,
                 "save_id": manifest.save_id,
                 "report": {
@@ -232,26 +239,68 @@ def _kind(manifest: Manifest, saved: str) -> str:
     return "a per-rank value" if saved in manifest.per_rank else "a tensor"
 
 
-def _per_target(held: Holdings, column: np.ndarray) -> np.ndarray:
-    """Repeat an item's entry for each of its targets: a run has several boxes."""
-    return np.repeat(column, held.boxes()[0])
+def _held(calls: Sequence[Mapping[str, Any]]) -> tuple[list[Holdings], list[int]]:
+    """Read which tensors each rank wants.
+
+    Returns:
+        These, and for each rank the first that wants tensors of the same names, types and shapes.
+        Of thousands of ranks, most do.
+    """
+    helds: list[Holdings] = []
+    like: list[int] = []
+    first: dict[tuple[object, ...], int] = {}
+    for rank, call in enumerate(calls):
+        plain = call["tensors"]
+        columns = [plain[name] for name in ("dtype", "ndim", "shape")]
+        kind = plain["names"], *((column.dtype.str, column.tobytes()) for column in columns)
+        like.append(first.setdefault(kind, rank))
+        names = helds[like[-1]].names if like[-1] < rank else None
+        helds.append(holdings_from_plain(plain, names))
+    return helds, like
 
 
-def _stored_codes(manifest: Manifest, matching: Matching, held: Holdings) -> np.ndarray:
-    """Return the stored dtype's code for each target of a rank, 0 where nothing is loaded."""
-    codes = [
-        int(manifest.dtype[manifest.index[matching.pairs[name]]]) if name in matching.pairs else 0
-        for name in held.names
-    ]
-    return _per_target(held, np.array(codes, np.int64))
+def _saved(manifest: Manifest, matching: Matching, names: Sequence[str]) -> np.ndarray:
+    """Return the saved tensor of each wanted name; -1 where nothing is loaded."""
+    pairs, index = matching.pairs, manifest.index
+    found = [index[pairs[name]] if name in pairs else -1 for name in names]
+    return np.array(found, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class _Targets:
+    """The boxes that a rank wants: a run has several.
+
+    Attributes:
+        item: (targets,) which of its tensors each is of.
+        tensor: (targets,) the saved tensor, or -1.
+        keep: (targets,) the saved tensor's dtype code; 0 where nothing is loaded.
+        start: (targets, width).
+        stop: (targets, width).
+    """
+
+    item: np.ndarray
+    tensor: np.ndarray
+    keep: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+    @classmethod
+    def of(cls, manifest: Manifest, held: Holdings, saved: np.ndarray) -> _Targets:
+        """Make them of what a rank wants, and of the saved tensor of each item."""
+        counts, start, stop = held.boxes()
+        item = np.repeat(np.arange(len(counts)), counts)
+        tensor = saved[item]
+        keep = np.zeros(len(item), np.int64)
+        loaded = tensor >= 0
+        keep[loaded] = manifest.dtype[tensor[loaded]]
+        return cls(item, tensor, keep, start, stop)
 
 
 def _wants(
     manifest: Manifest,
     matching: Matching,
-    helds: Sequence[Holdings],
+    targets: Sequence[_Targets],
     calls: Sequence[Mapping[str, Any]],
-    keeps: Sequence[np.ndarray],
 ) -> tuple[Pieces, np.ndarray, list[list[tuple[str, int]]], Wants]:
     """Put all ranks' wants into one table; a per-rank value is read like one more tensor of bytes.
 
@@ -259,22 +308,17 @@ def _wants(
         What is stored, with an entry for each such value; the item sizes; each rank's per-rank
         values (name, length); and the wants.
     """
-    width = max([manifest.width] + [held.shape.shape[1] for held in helds])
+    width = max([manifest.width] + [target.start.shape[1] for target in targets])
     rank_, key, tensor, start, stop = [], [], [], [], []
     blobs: list[list[tuple[str, int]]] = []
     places: dict[tuple[str, int], int] = {}
-    for rank, (held, call, keep) in enumerate(zip(helds, calls, keeps, strict=True)):
-        counts, box_start, box_stop = held.boxes()
-        index = [
-            manifest.index[matching.pairs[name]] if name in matching.pairs else 0
-            for name in held.names
-        ]
-        rows = np.flatnonzero(keep)
+    for rank, (target, call) in enumerate(zip(targets, calls, strict=True)):
+        rows = np.flatnonzero(target.keep)
         rank_.append(np.full(len(rows), rank))
         key.append(rows)
-        tensor.append(np.repeat(np.array(index, np.int64), counts)[rows])
-        start.append(pad_columns(box_start[rows], width, 0))
-        stop.append(pad_columns(box_stop[rows], width, 1))
+        tensor.append(target.tensor[rows])
+        start.append(pad_columns(target.start[rows], width, 0))
+        stop.append(pad_columns(target.stop[rows], width, 1))
         mine: list[tuple[str, int]] = []
         for name in call["per_rank"]:
             saved = matching.pairs.get(name)
@@ -285,7 +329,7 @@ def _wants(
                 length = int(manifest.per_rank[saved][holder])
                 if length:
                     places.setdefault((saved, holder), len(manifest.names) + len(places))
-                    key.append(np.array([len(keep) + len(mine)]))
+                    key.append(np.array([len(target.keep) + len(mine)]))
                     rank_.append(np.array([rank]))
                     tensor.append(np.array([places[saved, holder]]))
                     start.append(np.zeros((1, width), np.int64))
@@ -293,8 +337,10 @@ def _wants(
                 mine.append((name, length))
         blobs.append(mine)
     wants = Wants(*(np.concatenate(column) for column in (rank_, key, tensor, start, stop)))
-    used = np.unique(wants.tensor)
-    pieces = manifest.pieces_of(used[used < len(manifest.names)])
+    of_tensor = np.flatnonzero(wants.tensor < len(manifest.names))
+    pieces = manifest.pieces_for(
+        *(column[of_tensor] for column in (wants.tensor, wants.start, wants.stop))
+    )
     found = [manifest.blob_place(saved, holder) for saved, holder in places]
     count = len(found)
     file, offset, length_ = (np.array([place[n] for place in found], np.int64) for n in range(3))

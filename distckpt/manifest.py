@@ -11,6 +11,7 @@ import numpy as np
 
 from distckpt import dtypes
 from distckpt.layout import Layout
+from distckpt.region import ranges
 
 MANIFEST_NAME = "manifest.binpb"
 BLOCK_BYTES = 4 << 20
@@ -156,7 +157,7 @@ class Manifest:
 
         The places follow from the layouts alone: so invariant I4 always holds.
         """
-        tensor, start, stop, file = self._listed(np.arange(len(self.names)))
+        tensor, start, stop, file = self._listed(*self._all_boxes(np.arange(len(self.names))))
         itemsize = self.itemsize[tensor]
         size_bytes = (stop - start).prod(axis=1) * itemsize
         order = order_in_file(file, itemsize, tensor)
@@ -174,55 +175,118 @@ class Manifest:
             tensors: Indices of tensors, ascending.
         """
         if self.boxes * self.width > _MOST_LISTED:
-            return self._placed(tensors)
+            return self._placed(*self._all_boxes(tensors))
         pieces = self.pieces
         first = np.searchsorted(pieces.tensor, tensors)
         count = np.searchsorted(pieces.tensor, tensors, side="right") - first
-        rows = np.arange(count.sum()) + np.repeat(first - (np.cumsum(count) - count), count)
+        rows = ranges(first, count)
         return Pieces(*(getattr(pieces, name)[rows] for name in Pieces.__dataclass_fields__))
 
-    def _listed(self, tensors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """List the boxes of some tensors: tensor, start, stop and file."""
-        width = self.width
-        used = [self.layouts[index] for index in self.layout[tensors].tolist()]
-        return (
-            np.repeat(tensors, np.array([len(layout) for layout in used], np.int64)),
-            _stack([pad_columns(layout.start, width, 0) for layout in used], width),
-            _stack([pad_columns(layout.stop, width, 1) for layout in used], width),
-            np.concatenate([layout.file for layout in used] or [np.zeros(0, np.int64)]),
-        )
+    def pieces_for(self, tensor: np.ndarray, start: np.ndarray, stop: np.ndarray) -> Pieces:
+        """Return the stored boxes that have elements of some boxes, each with its place.
 
-    def _placed(self, tensors: np.ndarray) -> Pieces:
-        """Do as `pieces_of`, and list the boxes of these tensors only.
+        Where there are few in all, others of the same tensors may be among them.
 
-        Of the others, only how many bytes each has in which file is counted.
+        Args:
+            tensor: (n,) which tensor each box is one of.
+            start: (n, width) the boxes.
+            stop: (n, width).
         """
-        tensor, start, stop, file = self._listed(tensors)
-        size_bytes = (stop - start).prod(axis=1) * self.itemsize[tensor]
-        # A tensor's boxes in a file follow one another, in their own order.
-        order = np.lexsort((tensor, file))
-        before = np.cumsum(size_bytes[order]) - size_bytes[order]
-        new = np.ones(len(order), bool)
-        new[1:] = (np.diff(file[order]) > 0) | (np.diff(tensor[order]) != 0)
-        begins = np.flatnonzero(new)
-        offset = np.empty(len(order), np.int64)
-        offset[order] = before - np.repeat(before[begins], np.diff(np.append(begins, len(order))))
-        offset += self.file_data_start[file]
-        edges = np.searchsorted(tensor, tensors)
-        ends = np.searchsorted(tensor, tensors, side="right")
-        for number, before_ in self._bytes_before(tensors):
-            rows = slice(edges[number], ends[number])
-            offset[rows] += before_[file[rows]]
+        if self.boxes * self.width <= _MOST_LISTED:
+            return self.pieces_of(np.unique(tensor))
+        # Thousands of tensors share a layout, and most of them are wanted in the same few boxes.
+        table = np.column_stack([self.layout[tensor], start, stop])
+        wanted, kind = np.unique(table, axis=0, return_inverse=True)
+        touched = []
+        for layout, *box in wanted.tolist():
+            found = self.layouts[layout]
+            pad = start.shape[1] - len(found.shape)
+            low, high = (end[pad:] for end in np.split(np.array(box), 2))
+            common = np.maximum(found.start, low) < np.minimum(found.stop, high)
+            touched.append(np.flatnonzero(common.all(axis=1)))
+        counts = np.array([len(boxes) for boxes in touched], np.int64)
+        kind = kind.reshape(-1)
+        rows = ranges((np.cumsum(counts) - counts)[kind], counts[kind])
+        boxes = np.concatenate([*touched, np.zeros(0, np.int64)])[rows]
+        pairs = np.unique(np.column_stack([np.repeat(tensor, counts[kind]), boxes]), axis=0)
+        return self._placed(*pairs.T)
+
+    def _all_boxes(self, tensors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Number all boxes of some tensors: the tensor of each, and which of its boxes it is."""
+        each = np.array([len(layout) for layout in self.layouts], np.int64)
+        count = each[self.layout[tensors]]
+        return np.repeat(tensors, count), ranges(np.zeros(len(tensors), np.int64), count)
+
+    def _listed(
+        self, tensor: np.ndarray, box: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """List boxes.
+
+        Args:
+            tensor: (n,) the tensor of each.
+            box: (n,) which of its boxes.
+
+        Returns:
+            The tensor, start, stop and file of each.
+        """
+        layouts, row = self._layouts_of(tensor, box)
+        width = self.width
+        start = _stack([pad_columns(layout.start, width, 0) for layout in layouts], width)
+        stop = _stack([pad_columns(layout.stop, width, 1) for layout in layouts], width)
+        file = np.concatenate([*(layout.file for layout in layouts), np.zeros(0, np.int64)])
+        return tensor, start[row], stop[row], file[row]
+
+    def _layouts_of(self, tensor: np.ndarray, box: np.ndarray) -> tuple[list[Layout], np.ndarray]:
+        """Return the layouts that occur, and for each box its number in all of their boxes."""
+        found, which = np.unique(self.layout[tensor], return_inverse=True)
+        layouts = [self.layouts[index] for index in found.tolist()]
+        sizes = np.array([len(layout) for layout in layouts], np.int64)
+        return layouts, (np.cumsum(sizes) - sizes)[which.reshape(-1)] + box
+
+    def _placed(self, tensor: np.ndarray, box: np.ndarray) -> Pieces:
+        """List boxes with their places, and no others.
+
+        Of the others, only how many bytes a tensor has in which file is counted.
+
+        Args:
+            tensor: (n,) the tensor of each, ascending.
+            box: (n,) which of its boxes, ascending.
+        """
+        _, start, stop, file = self._listed(tensor, box)
+        layouts, row = self._layouts_of(tensor, box)
+        before = np.concatenate(
+            [*(layout.elements_before() for layout in layouts), np.zeros(0, np.int64)]
+        )
+        itemsize = self.itemsize[tensor]
+        offset = self.file_data_start[file] + before[row] * itemsize
+        tensors, begins = np.unique(tensor, return_index=True)
+        ends = np.append(begins, len(tensor))[1:]
+        files, place = np.unique(file, return_inverse=True)
+        place = place.reshape(-1)
+        for number, total in self._bytes_before(tensors, files):
+            rows = slice(begins[number], ends[number])
+            offset[rows] += total[place[rows]]
+        size_bytes = (stop - start).prod(axis=1) * itemsize
         return Pieces(tensor, start, stop, file, offset, size_bytes)
 
-    def _bytes_before(self, tensors: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield for some tensors what lies before them in each file: their position, and bytes.
+    def _bytes_before(
+        self, tensors: np.ndarray, files: np.ndarray
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield for some tensors what lies before them in some files: their position, and bytes.
 
         Tensors lie in the files in the order of falling item size, then of their index.
+
+        Args:
+            tensors: Indices of tensors, ascending.
+            files: Numbers of files, ascending.
         """
         wanted = np.full(len(self.names), -1)
         wanted[tensors] = np.arange(len(tensors))
-        total = np.zeros(len(self.file_length), np.int64)
+        row = np.full(len(self.file_length), -1)
+        row[files] = np.arange(len(files))
+        elements = [(row[file], count) for file, count in self._elements]
+        elements = [(file[file >= 0], count[file >= 0]) for file, count in elements]
+        total = np.zeros(len(files), np.int64)
         order = np.lexsort((np.arange(len(self.names)), -self.itemsize))
         last = int(np.flatnonzero(wanted[order] >= 0)[-1]) + 1 if len(tensors) else 0
         columns = zip(
@@ -235,8 +299,8 @@ class Manifest:
         for _, place, layout, itemsize in columns:
             if place >= 0:
                 yield place, total
-            file, elements = self._elements[layout]
-            total[file] += elements * itemsize
+            file, count = elements[layout]
+            total[file] += count * itemsize
 
     @cached_property
     def _elements(self) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -162,3 +162,11 @@ def boxes_of_run(shape: tuple[int, ...], start: int, stop: int) -> list[Region]:
     return [
         Region(tuple(a), tuple(b)) for a, b in zip(starts.tolist(), stops.tolist(), strict=True)
     ]
+
+
+def ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Concatenate the ranges ``first[i] … first[i] + count[i]``."""
+    ends = np.cumsum(count)
+    total = int(ends[-1]) if len(ends) else 0
+    found: np.ndarray = np.arange(total) + np.repeat(first - (ends - count), count)
+    return found

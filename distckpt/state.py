@@ -9,7 +9,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import repeat
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -352,7 +352,7 @@ def flatten(state: object) -> FlatState:
     flat = FlatState([], {}, {}, state)
     problems: list[str] = []
     seen: set[str] = set()
-    for leaf in _walk(state, "", (), problems, flat.changes):
+    for leaf in _walk(state, problems, flat.changes):
         name = leaf.name
         if name in seen:
             problems.append(f"{name!r}: two leaves of the state have this name; rename one")
@@ -378,6 +378,7 @@ def flatten(state: object) -> FlatState:
     return flat
 
 
+_NEW: Callable[..., Any] = tuple.__new__
 _PIECES = frozenset({np.ndarray, Shard, FlatShard})
 _IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None)})
 
@@ -422,8 +423,11 @@ class Flattened:
         values = {
             name: Leaf(name, leaves[index], _unreplaceable) for index, name in self._values.items()
         }
-        made = map(Leaf, self._names, pieces, repeat(_unreplaceable))
-        return FlatState(list(map(TensorLeaf, made, arrays, *self._models)), values, {}, state)
+        # As `Leaf(…)` and `TensorLeaf(…)`, without a call of Python's own for each.
+        columns = zip(self._names, pieces, repeat(_unreplaceable), repeat(None))
+        made = map(_NEW, repeat(Leaf), columns)
+        tensors = list(map(_NEW, repeat(TensorLeaf), zip(made, arrays, *self._models, strict=True)))
+        return FlatState(tensors, values, {}, state)
 
     def _others(self) -> list[int]:
         return [i for i, kind in enumerate(self._kinds) if kind in _IMMUTABLE]
@@ -495,24 +499,28 @@ def _name_problem(name: str) -> str | None:
     return None
 
 
-def _walk(
-    node: object,
-    prefix: str,
-    above: tuple[int, ...],
-    problems: list[str],
-    changes: dict[str, object],
-) -> Iterator[Leaf]:
-    """Yield the leaves below *node*; *above* has the identities of the containers around it."""
-    if id(node) in above:
-        problems.append(f"{prefix!r}: the state contains itself")
-        return
-    inside = (*above, id(node))
-    for key, value, replace, net in _children(node):
-        name = f"{prefix}.{key}" if above else key
-        if _is_container(value):
-            yield from _walk(value, name, inside, problems, changes)
+def _walk(state: object, problems: list[str], changes: dict[str, object]) -> Iterator[Leaf]:
+    """Yield the leaves of a state, in its order.
+
+    Not by recursion: each leaf would be handed on by the generators of all containers around it.
+    """
+    above = {id(state)}
+    todo = [("", state, _children(state))]
+    while todo:
+        prefix, node, children = todo[-1]
+        for key, value, replace, net in children:
+            name = f"{prefix}.{key}" if len(todo) > 1 else key
+            if not _is_container(value):
+                yield Leaf(name, value, replace or partial(changes.__setitem__, name), net)
+            elif id(value) in above:
+                problems.append(f"{name!r}: the state contains itself")
+            else:
+                above.add(id(value))
+                todo.append((name, value, _children(value)))
+                break
         else:
-            yield Leaf(name, value, replace or partial(changes.__setitem__, name), net)
+            todo.pop()
+            above.discard(id(node))
 
 
 def _rebuild(node: object, prefix: str, changes: Mapping[str, object]) -> object:
@@ -562,12 +570,16 @@ def _is_container(value: object) -> bool:
     )
 
 
+# Seen at once to be no net: whether an object is a `Net`, Python looks for long.
+_BARE = frozenset({dict, list, tuple})
+
+
 def _adapted(value: object) -> Net | Mapping[str, object] | None:
     """See an object as a net, or as a mapping of what it holds; None if it is neither."""
     for cls, adapt in _adapters:
         if isinstance(value, cls):
             return adapt(value)
-    if isinstance(value, (*PLAIN, np.ndarray, np.generic)):
+    if type(value) in _BARE or isinstance(value, (*PLAIN, np.ndarray, np.generic)):
         return None
     if isinstance(value, Net):
         return value
@@ -584,7 +596,7 @@ _Child = tuple[str, object, Callable[[object], None] | None, Net | None]
 def _children(node: object) -> Iterator[_Child]:
     """Yield (name, value, how to replace it, the Net that it is of), not going deeper."""
     adapted = _adapted(node)
-    if isinstance(adapted, Net):
+    if adapted is not None and isinstance(adapted, Net):
         for name, value in adapted.tensors().items():
             yield name, value, partial(adapted.assign, name), adapted
     elif adapted is not None:
@@ -642,6 +654,11 @@ def _attribute(owner: object, name: str) -> Callable[[object], None]:
 def _tensor(leaf: Leaf) -> TensorLeaf | str:
     """Make a TensorLeaf, or say why it can't be one."""
     value = leaf.value
+    if type(value) is np.ndarray and value.size:
+        # Most are, and there may be thousands: what can be wrong with others needn't be looked at.
+        known = dtypes.find(value.dtype)
+        if known is not None and value.ndim <= MAX_DIMENSIONS:
+            return TensorLeaf(leaf, value, known, value.shape, _whole(value.shape), None)
     piece = value.array if isinstance(value, (Shard, FlatShard)) else value
     array = as_array(piece)
     if isinstance(array, str):
@@ -662,6 +679,11 @@ def _tensor(leaf: Leaf) -> TensorLeaf | str:
     if isinstance(value, FlatShard):
         return TensorLeaf(leaf, array, dtype, value.global_shape, None, value.start, value.region)
     return TensorLeaf(leaf, array, dtype, array.shape, Region.whole(array.shape), None)
+
+
+@lru_cache(1024)
+def _whole(shape: tuple[int, ...]) -> Region:
+    return Region.whole(shape)
 
 
 def as_array(value: object) -> Array | str:

@@ -107,6 +107,24 @@ def meshed(draw, dtype, shape, ranks):
     return found
 
 
+def nested(draw, dtype, shape, ranks):
+    """A dimension cut in parts, and each part cut again; other dimensions may be cut, too."""
+    found, dim = {}, draw(st.integers(0, max(len(shape) - 1, 0)))
+    outer, inner, rest = draw(st.sampled_from(factors(ranks)))
+    uneven = [draw(st.sampled_from(["balanced", "chunk"])) for _ in range(2)]
+    if not shape:
+        return bare(draw, dtype, shape, ranks)
+    for rank in range(ranks):
+        mesh = Mesh(rank=rank, inner=inner, outer=outer, rest=rest)
+        spec = [None] * len(shape)
+        spec[dim] = "outer"
+        box = mesh.region(spec, shape, uneven=uneven[0])
+        spec[dim] = "inner"
+        part = mesh.region(spec, box.shape, uneven=uneven[1]).shifted(box.start)
+        found[rank] = Shard(blank(dtype, part.shape), part.start, shape)
+    return found
+
+
 def factors(number):
     """All ways to write a number as a product of up to three."""
     ways = itertools.product(range(1, number + 1), repeat=3)
@@ -190,7 +208,7 @@ def flat_in_boxes(draw, dtype, shape, ranks):
 
 
 @st.composite
-def worlds(draw, kinds=(bare, meshed, boxed, flat, mixed, flat_in_boxes)):
+def worlds(draw, kinds=(bare, meshed, nested, boxed, flat, mixed, flat_in_boxes)):
     """Return what each rank holds: a list of states."""
     ranks = draw(st.integers(1, 8))
     states = [{} for _ in range(ranks)]
@@ -324,11 +342,41 @@ def test_boxes_listed_for_some_tensors_lie_where_they_do_among_all(states, data)
     some = np.array(
         sorted(data.draw(st.sets(st.integers(0, count - 1)))) if count else [], np.int64
     )
-    pieces, placed, taken = manifest.pieces, manifest._placed(some), manifest.pieces_of(some)
+    pieces, taken = manifest.pieces, manifest.pieces_of(some)
+    placed = manifest._placed(*manifest._all_boxes(some))
     rows = np.isin(pieces.tensor, some)
     for name in ("tensor", "start", "stop", "file", "offset_bytes", "size_bytes"):
         assert np.array_equal(getattr(pieces, name)[rows], getattr(placed, name))
         assert np.array_equal(getattr(pieces, name)[rows], getattr(taken, name))
+
+
+@_SOME
+@given(worlds(), st.data())
+def test_boxes_listed_for_some_wants_are_those_that_have_their_elements(states, data):
+    checked = Checked(states)
+    manifest = checked.manifest()
+    wants = []
+    for tensor, name in enumerate(manifest.names):
+        shape = checked.tensors[name].shape
+        for _ in range(data.draw(st.integers(0, 2))):
+            ends = [sorted(data.draw(st.tuples(*[st.integers(0, n)] * 2))) for n in shape]
+            pad = manifest.width - len(shape)
+            wants.append(
+                (tensor, [0] * pad + [a for a, _ in ends], [1] * pad + [b for _, b in ends])
+            )
+    tensor = np.array([want[0] for want in wants], np.int64)
+    start, stop = (
+        np.array([want[end] for want in wants], np.int64).reshape(len(wants), manifest.width)
+        for end in (1, 2)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distckpt.manifest._MOST_LISTED", 0)  # as if there were millions
+        found = manifest.pieces_for(tensor, start, stop)
+    pieces = manifest.pieces
+    common = np.maximum(pieces.start, start[:, None]) < np.minimum(pieces.stop, stop[:, None])
+    touched = (common.all(axis=2) & (pieces.tensor == tensor[:, None])).any(axis=0)
+    for name in ("tensor", "start", "stop", "file", "offset_bytes", "size_bytes"):
+        assert np.array_equal(getattr(pieces, name)[touched], getattr(found, name))
 
 
 @_SOME
@@ -707,6 +755,37 @@ def test_many_ranks_of_one_layout_are_one_grid():
     plan = plan_of(states)
     assert len(plan.layouts) == 1
     assert plan.layouts[0].grid() is not None
+
+
+def fsdp_of_tp(shape, cut, *, tp, fsdp):
+    """What each rank has of a tensor cut by TP along a dimension, and then by FSDP along rows."""
+    for rank in range(tp * fsdp):
+        mesh = Mesh(rank=rank, fsdp=fsdp, tp=tp)
+        box = mesh.region(["tp" if dim == cut else None for dim in range(len(shape))], shape)
+        part = mesh.region(["fsdp"], box.shape, uneven="chunk").shifted(box.start)
+        yield Shard(blank("f4", part.shape), part.start, shape)
+
+
+def test_rows_that_do_not_divide_in_a_cut_of_a_cut_are_said_by_rule_and_listed_once():
+    tp, fsdp = 8, 16
+    shapes = {"up": ((8 * 25, 4), 0), "down": ((40, 16), 1), "norm": ((40,), None)}
+    leaves = {
+        f"{layer}.{name}": list(fsdp_of_tp(*shapes[name], tp=tp, fsdp=fsdp))
+        for layer in range(30)
+        for name in shapes
+    }
+    states = [{name: of[rank] for name, of in leaves.items()} for rank in range(tp * fsdp)]
+    summaries = [
+        summarise(_held(state), rank=rank, ranks=len(states)) for rank, state in enumerate(states)
+    ]
+    assert not any(len(summary.odd) for summary in summaries)
+    assert {len(summary.coordinates) for summary in summaries} == {2}
+    assert len({summary.template for summary in summaries}) < tp
+    plan = plan_of(states)
+    up = plan.layouts[plan.layout[plan.names.index("0.up")]]
+    assert len(up) == 8 * 13
+    assert up.grid() is None
+    assert plan.layout[plan.names.index("7.up")] == plan.layout[plan.names.index("0.up")]
 
 
 @given(st.lists(st.integers(0, 2**63 - 1), max_size=5))

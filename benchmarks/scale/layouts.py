@@ -7,9 +7,10 @@ they repeat one element.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 
 import ml_dtypes
 import numpy as np
@@ -19,6 +20,7 @@ from distckpt import FlatShard, Region, Shard
 from distckpt.layout import BALANCED, CEILING, cut_edges
 
 MOMENTS = ("master", "exp_avg", "exp_avg_sq")
+PREFIXES = ("model.", *(f"optimizer.{moment}." for moment in MOMENTS))  # of tensors' names
 BF16, FP32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 
 # Parameters above which a model is cut by tensor parallelism, in 4 and in 16 pipeline stages.
@@ -28,14 +30,10 @@ FEW_RANKS = 1024
 State = dict[str, object]
 
 
-@cache
-def _zero(dtype: np.dtype) -> np.ndarray:
-    return np.zeros((), dtype)
-
-
+@lru_cache(1 << 16)
 def blank(dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     """Make an array that takes no memory, however large."""
-    return np.broadcast_to(_zero(dtype), shape)
+    return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,9 @@ class Layout:
         state: Rank → what it holds.
         sizes: The sizes of its axes.
         key: Rank → what the regular part of its state depends on.
+        runs: Rank → the rest of its state, the runs of flat buffers; None if there are none.
+        boxes: Rank → start and stop of all that it holds, as the columns of `Holdings`; None where
+            there are runs.
     """
 
     name: str
@@ -55,8 +56,11 @@ class Layout:
     state: Callable[[int], State]
     sizes: dict[str, int]
     key: Callable[[int], object]
+    runs: Callable[[int], State] | None = None
+    boxes: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None
 
 
+@lru_cache(1 << 16)
 def _cut(extent: int, parts: int, index: int, rule: int = BALANCED) -> tuple[int, int]:
     low, high = cut_edges(np.int64(extent), parts, rule, np.int64(index))
     return int(low), int(high)
@@ -75,10 +79,14 @@ def _piece(dtype: np.dtype, region: Region, shape: tuple[int, ...]) -> object:
     return Shard(blank(dtype, region.shape), region.start, shape)
 
 
-def _stage_of(parameter: Parameter, layers: int, stages: int) -> int:
-    """Return the pipeline stage: layers in equal runs, what is before and after at the ends."""
-    layer = min(max(parameter.layer, 0), layers - 1)
-    return next(stage for stage in range(stages) if layer < _cut(layers, stages, stage)[1])
+def _stages(model: Model, count: int) -> list[list[Parameter]]:
+    """Share out the layers in equal runs; what is before and after them is at the ends."""
+    last = [_cut(model.layers, count, stage)[1] - 1 for stage in range(count)]
+    stages: list[list[Parameter]] = [[] for _ in range(count)]
+    for parameter in model.parameters:
+        layer = min(max(parameter.layer, 0), model.layers - 1)
+        stages[bisect_left(last, layer)].append(parameter)
+    return stages
 
 
 def _zero1(
@@ -108,9 +116,7 @@ def _zero1(
 
 def megatron(model: Model, *, tp: int, pp: int, dp: int) -> Layout:
     """TP × PP × DP with ZeRO-1: tensor parallel ranks are neighbours, then data parallel ones."""
-    stages: list[list[Parameter]] = [[] for _ in range(pp)]
-    for parameter in model.parameters:
-        stages[_stage_of(parameter, model.layers, pp)].append(parameter)
+    stages = _stages(model, pp)
 
     @cache
     def boxes(stage: int, tp_rank: int) -> list[tuple[Parameter, Region]]:
@@ -119,34 +125,56 @@ def megatron(model: Model, *, tp: int, pp: int, dp: int) -> Layout:
             for parameter in stages[stage]
         ]
 
-    def state(rank: int) -> State:
-        stage, dp_rank, tp_rank = rank // (dp * tp), rank // tp % dp, rank % tp
-        held = boxes(stage, tp_rank)
-        found = {
+    @cache
+    def weights(stage: int, tp_rank: int) -> State:
+        return {
             f"model.{parameter.name}": _piece(BF16, region, parameter.shape)
-            for parameter, region in held
+            for parameter, region in boxes(stage, tp_rank)
         }
-        return found | dict(_zero1(held, dp, dp_rank))
+
+    def runs(rank: int) -> State:
+        stage, dp_rank, tp_rank = rank // (dp * tp), rank // tp % dp, rank % tp
+        return dict(_zero1(boxes(stage, tp_rank), dp, dp_rank))
 
     return Layout(
         f"TP{tp}×PP{pp}×DP{dp}, ZeRO-1",
         tp * pp * dp,
-        state,
+        lambda rank: weights(rank // (dp * tp), rank % tp) | runs(rank),
         {"tp": tp, "pp": pp, "dp": dp},
         lambda rank: (rank // (dp * tp), rank % tp),
+        runs,
     )
 
 
 def _sharded(model: Model, region_of: Callable[[Parameter], Region]) -> State:
-    found: State = {}
-    for parameter in model.parameters:
-        region = region_of(parameter)
-        found[f"model.{parameter.name}"] = _piece(BF16, region, parameter.shape)
-    for moment in MOMENTS:
-        for parameter in model.parameters:
-            piece = _piece(FP32, region_of(parameter), parameter.shape)
-            found[f"optimizer.{moment}.{parameter.name}"] = piece
-    return found
+    regions = [(parameter, region_of(parameter)) for parameter in model.parameters]
+    return {
+        prefix + parameter.name: _piece(dtype, region, parameter.shape)
+        for prefix, dtype in zip(PREFIXES, (BF16, FP32, FP32, FP32), strict=True)
+        for parameter, region in regions
+    }
+
+
+def _boxes_of(model: Model, *, tp: int) -> Callable[[int, int, int], tuple[np.ndarray, np.ndarray]]:
+    """Return what gives the boxes of all tensors at once: by FSDP ranks, this one, and TP rank."""
+    width = max(len(parameter.shape) for parameter in model.parameters)
+    pad = np.array([width - len(parameter.shape) for parameter in model.parameters])
+    shape = np.array([(1,) * (width - len(p.shape)) + p.shape for p in model.parameters])
+    row = np.arange(len(shape))
+    cut = np.array([n for n, p in enumerate(model.parameters) if p.tp_dim is not None and tp > 1])
+    dim = np.array([pad[n] + model.parameters[n].tp_dim for n in cut], np.int64)
+
+    def boxes(fsdp: int, fsdp_rank: int, tp_rank: int) -> tuple[np.ndarray, np.ndarray]:
+        start, stop = np.zeros_like(shape), shape.copy()
+        if len(cut):
+            edges = cut_edges(shape[cut, dim], tp, BALANCED, np.int64(tp_rank))
+            start[cut, dim], stop[cut, dim] = edges
+        origin = start[row, pad].copy()
+        low, high = cut_edges(stop[row, pad] - origin, fsdp, CEILING, np.int64(fsdp_rank))
+        start[row, pad], stop[row, pad] = origin + low, origin + high
+        return np.tile(start, (len(PREFIXES), 1)), np.tile(stop, (len(PREFIXES), 1))
+
+    return boxes
 
 
 def fsdp(model: Model, *, ranks: int) -> Layout:
@@ -159,7 +187,15 @@ def fsdp(model: Model, *, ranks: int) -> Layout:
 
         return _sharded(model, region)
 
-    return Layout(f"FSDP{ranks}", ranks, state, {"fsdp": ranks}, lambda rank: rank)
+    boxes = _boxes_of(model, tp=1)
+    return Layout(
+        f"FSDP{ranks}",
+        ranks,
+        state,
+        {"fsdp": ranks},
+        lambda rank: rank,
+        boxes=lambda rank: boxes(ranks, rank, 0),
+    )
 
 
 def fsdp_tp(model: Model, *, fsdp: int, tp: int) -> Layout:
@@ -176,15 +212,20 @@ def fsdp_tp(model: Model, *, fsdp: int, tp: int) -> Layout:
 
         return _sharded(model, region)
 
-    sizes = {"fsdp": fsdp, "tp": tp}
-    return Layout(f"FSDP{fsdp}×TP{tp}", fsdp * tp, state, sizes, lambda rank: rank)
+    boxes = _boxes_of(model, tp=tp)
+    return Layout(
+        f"FSDP{fsdp}×TP{tp}",
+        fsdp * tp,
+        state,
+        {"fsdp": fsdp, "tp": tp},
+        lambda rank: rank,
+        boxes=lambda rank: boxes(fsdp, *divmod(rank, tp)),
+    )
 
 
 def experts(model: Model, *, pp: int, ep: int, dp: int) -> Layout:
     """PP × EP × DP with ZeRO-1: a rank has some experts whole, and the rest of its stage whole."""
-    stages: list[list[Parameter]] = [[] for _ in range(pp)]
-    for parameter in model.parameters:
-        stages[_stage_of(parameter, model.layers, pp)].append(parameter)
+    stages = _stages(model, pp)
 
     @cache
     def held(stage: int, ep_rank: int) -> tuple[list[tuple[Parameter, Region]], ...]:
@@ -195,22 +236,26 @@ def experts(model: Model, *, pp: int, ep: int, dp: int) -> Layout:
             [pair for pair in whole if pair[0].expert is not None and low <= pair[0].expert < high],
         )
 
-    def state(rank: int) -> State:
+    @cache
+    def weights(stage: int, ep_rank: int) -> State:
+        return {
+            f"model.{parameter.name}": blank(BF16, parameter.shape)
+            for some in held(stage, ep_rank)
+            for parameter, _ in some
+        }
+
+    def runs(rank: int) -> State:
         stage, dp_rank, ep_rank = rank // (dp * ep), rank // ep % dp, rank % ep
         shared, mine = held(stage, ep_rank)
-        found: State = {
-            f"model.{parameter.name}": blank(BF16, parameter.shape)
-            for parameter, _ in shared + mine
-        }
-        found |= dict(_zero1(shared, ep * dp, dp_rank * ep + ep_rank))
-        return found | dict(_zero1(mine, dp, dp_rank))
+        return dict((*_zero1(shared, ep * dp, dp_rank * ep + ep_rank), *_zero1(mine, dp, dp_rank)))
 
     return Layout(
         f"PP{pp}×EP{ep}×DP{dp}, ZeRO-1",
         pp * ep * dp,
-        state,
+        lambda rank: weights(rank // (dp * ep), rank % ep) | runs(rank),
         {"pp": pp, "ep": ep, "dp": dp},
         lambda rank: (rank // (dp * ep), rank % ep),
+        runs,
     )
 
 
@@ -233,6 +278,29 @@ def layout_for(model: Model, kind: str, ranks: int) -> Layout | None:
         ep = math.gcd(64, ranks // pp)
         return experts(model, pp=pp, ep=ep, dp=ranks // (pp * ep))
     return None
+
+
+def reduced(model: Model) -> tuple[Model, dict[str, str]]:
+    """Return a model of one parameter of each kind, in order; and for each parameter its like."""
+    kinds: dict[object, Parameter] = {}
+    like = {}
+    for parameter in model.parameters:
+        inner = 0 <= parameter.layer < model.layers
+        kind = parameter.shape, parameter.tp_dim, inner or parameter.name
+        like[parameter.name] = kinds.setdefault(kind, parameter).name
+    return replace(model, parameters=list(kinds.values())), like
+
+
+def reshaped(model: Model, kind: str, layout: Layout) -> Layout:
+    """Return another layout of the same kind, as one would load into after a change of the mesh."""
+    sizes = layout.sizes
+    if kind == "megatron":
+        tp, pp = max(1, sizes["tp"] // 2), max(1, sizes["pp"] // 2)
+        return megatron(model, tp=tp, pp=pp, dp=layout.ranks // (tp * pp))
+    if kind == "experts":
+        pp, ep = max(1, sizes["pp"] // 2), max(1, sizes["ep"] // 2)
+        return experts(model, pp=pp, ep=ep, dp=layout.ranks // (pp * ep))
+    return fsdp(model, ranks=layout.ranks // 2)
 
 
 def least_busiest(model: Model, kind: str, layout: Layout) -> float:
@@ -260,19 +328,20 @@ def least_busiest(model: Model, kind: str, layout: Layout) -> float:
             )
         return total
     bounds = []
-    for stage in range(sizes["pp"]):
-        mine = [p for p in model.parameters if _stage_of(p, model.layers, sizes["pp"]) == stage]
+    for mine in _stages(model, sizes["pp"]):
         ranks = layout.ranks / sizes["pp"]
-        bounds.append(sum(p.size for p in mine) * bytes_each / ranks)
+        total = sum(p.size for p in mine)
+        bounds.append(total * bytes_each / ranks)
         if kind == "megatron":
+            # What is cut is held by as many ranks as there are replicas.
             cut = sum(p.size for p in mine if p.tp_dim is not None) / sizes["tp"]
             bounds.append(cut * bytes_each / sizes["dp"])
-            # The optimizer's runs are equal and held once, whole norms' aside.
-            whole = sum(p.size for p in mine if p.tp_dim is None)
-            bounds.append(cut * bytes_each / sizes["dp"] + whole * bytes_each / ranks)
-        else:
-            for ep_rank in range(sizes["ep"]):
-                low, high = _cut(model.experts, sizes["ep"], ep_rank)
-                own = sum(p.size for p in mine if p.expert is not None and low <= p.expert < high)
-                bounds.append(own * bytes_each / sizes["dp"])
+            continue
+        of_expert = np.zeros(model.experts)
+        for parameter in mine:
+            if parameter.expert is not None:
+                of_expert[parameter.expert] += parameter.size
+        for ep_rank in range(sizes["ep"]):
+            low, high = _cut(model.experts, sizes["ep"], ep_rank)
+            bounds.append(float(of_expert[low:high].sum()) * bytes_each / sizes["dp"])
     return max(bounds)

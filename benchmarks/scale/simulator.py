@@ -10,14 +10,15 @@ import dataclasses
 import time
 import tracemalloc
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
 import numpy as np
 
-from benchmarks.scale.layouts import Layout, State
-from distckpt import FlatShard, codec, prepare
+from benchmarks.scale.layouts import PREFIXES, Layout, State, layout_for, reduced
+from benchmarks.scale.models import Model
+from distckpt import codec, prepare
 from distckpt.bundle import Distinct, children
 from distckpt.manifest import BLOCK_BYTES, DATA_ALIGNMENT, Manifest, pad_columns, table_bytes
 from distckpt.plan import Holdings, WritePlan, describe, part_from_bytes, plan_write, summarise
@@ -140,20 +141,17 @@ def run_all(protocols: Sequence[Generator[None, None, T]]) -> list[T]:
     return [results[rank] for rank in range(len(protocols))]
 
 
-@dataclass
 class Timed:
-    """What a stretch of code cost: processor time, and time by the clock."""
+    """What a stretch of code cost, in processor seconds."""
 
     cpu_s: float = 0.0
-    wall_s: float = 0.0
 
     def __enter__(self) -> Self:
-        self._start = time.process_time(), time.perf_counter()
+        self._start = time.process_time()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.cpu_s += time.process_time() - self._start[0]
-        self.wall_s += time.perf_counter() - self._start[1]
+        self.cpu_s += time.process_time() - self._start
 
 
 @dataclass
@@ -182,11 +180,12 @@ class Result:
     tensors: int = 0
     items: int = 0
     boxes: int = 0
+    templates: int = 0
     total_bytes: int = 0
     gather_bytes: int = 0
+    scatter_bytes: int = 0
     item_bytes_sent: float = 0.0
     plan_s: float = 0.0
-    plan_wall_s: float = 0.0
     encode_s: float = 0.0
     decode_s: float = 0.0
     peak_bytes: int = 0
@@ -198,8 +197,26 @@ class Result:
     part_bytes_max: int = 0
     busiest_bytes: int = 0
     best_bytes: float = 0.0
+    load_layout: str = ""
     load_plan_s: float = 0.0
+    load_rows: int = 0
     simulated: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """The same layout with one tensor of each kind: tensors of a kind are cut alike on every rank.
+
+    Attributes:
+        layout: How these are held.
+        like: Name of a tensor → the one of its kind that is there.
+    """
+
+    layout: Layout
+    like: Mapping[str, str]
+
+
+_COLUMNS = ("dtype", "ndim", "kind", "shape", "start", "stop", "first", "last")
 
 
 class Job:
@@ -207,17 +224,15 @@ class Job:
 
     Args:
         layout: What they hold.
-        reduced: The same with fewer parameters, one of each kind; None where the regular part of a
-            rank's state depends on `key` alone.
-        key: Rank → what its regular part depends on.
+        reduced: The same in little; None where the regular part of a rank's state depends on the
+            layout's `key` alone.
     """
 
-    def __init__(
-        self, layout: Layout, reduced: Layout | None, key: Callable[[int], object]
-    ) -> None:
-        self.layout, self._reduced, self._key = layout, reduced, key
+    def __init__(self, layout: Layout, reduced: Reduced | None) -> None:
+        self.layout, self._reduced = layout, reduced
         self.items = 0
-        self._known: dict[object, tuple[bytes, np.ndarray, int, int]] = {}
+        self._known: dict[object, tuple[Any, ...]] = {}
+        self._model: Holdings | None = None
 
     def summary(self, rank: int) -> tuple[bytes, bytes]:
         """Return what a rank sends of its state, by the whole of the real code."""
@@ -231,7 +246,8 @@ class Job:
         Only for a few ranks is all of it made by way of a state with all of its tensors; `check`
         compares.
         """
-        pairs = [self._quick(rank) for rank in range(self.layout.ranks)]
+        quick = self._by_key if self._reduced is None else self._by_kinds
+        pairs = [quick(rank) for rank in range(self.layout.ranks)]
         return Distinct.of([pair[0] for pair in pairs]), Distinct.of([pair[1] for pair in pairs])
 
     def check(self, summaries: tuple[Distinct, Distinct], sample: Sequence[int]) -> None:
@@ -240,33 +256,57 @@ class Job:
             if self.summary(rank) != (summaries[0][rank], summaries[1][rank]):
                 raise AssertionError(f"{self.layout.name}: rank {rank} says something else")
 
-    def _quick(self, rank: int) -> tuple[bytes, bytes]:
-        ranks = self.layout.ranks
-        if self._reduced is not None:
-            held = describe(flatten(self._reduced.state(rank)).tensors)
-            small = summarise(held, rank=rank, ranks=ranks)
-            if small.template not in self._known:
-                full = describe(flatten(self.layout.state(rank)).tensors)
-                template = summarise(full, rank=rank, ranks=ranks).template
-                place = {name: number for number, name in enumerate(full.names)}
-                places = np.array([place[name] for name in held.names])
-                self._known[small.template] = template, places, len(full.names), full.width
-            template, places, count, width = self._known[small.template]
-            self.items += count
-            number = places[small.odd]
-            return template, own_to_bytes(held, small.odd, number, small.coordinates)
-        key = self._key(rank)
-        state = self.layout.state(rank)
+    def _by_kinds(self, rank: int) -> tuple[bytes, bytes]:
+        """Say what a rank's tensors of each kind say, for all of that kind."""
+        reduced, ranks = self._reduced, self.layout.ranks
+        if reduced is None or reduced.layout.boxes is None:
+            raise ValueError(f"{self.layout.name}: there is no reduced layout")
+        if self._model is None:
+            self._model = describe(flatten(reduced.layout.state(rank)).tensors)
+        start, stop = reduced.layout.boxes(rank)
+        size = (stop - start).prod(axis=1)
+        held = dataclasses.replace(self._model, start=start, stop=stop, last=size)
+        small = summarise(held, rank=rank, ranks=ranks)
+        if small.template not in self._known:
+            full = describe(flatten(self.layout.state(rank)).tensors)
+            row = {name: number for number, name in enumerate(held.names)}
+            rows = np.array([row[reduced.like[name]] for name in full.names])
+            template = summarise(full, rank=rank, ranks=ranks).template
+            self._known[small.template] = template, full.names, rows
+        template, names, rows = self._known[small.template]
+        self.items += len(names)
+        if not len(small.odd):
+            return template, small.own
+        odd = np.flatnonzero(np.isin(rows, small.odd))
+        columns = {name: getattr(held, name)[rows] for name in _COLUMNS}
+        every = dataclasses.replace(held, names=names, **columns)
+        return template, own_to_bytes(every, odd, odd, small.coordinates)
+
+    def _by_key(self, rank: int) -> tuple[bytes, bytes]:
+        """Say the regular part of a rank's state as the first rank of the same key did."""
+        key = self.layout.key(rank)
         if key not in self._known:
-            held = describe(flatten(state).tensors)
-            full = summarise(held, rank=rank, ranks=ranks)
+            held = describe(flatten(self.layout.state(rank)).tensors)
+            full = summarise(held, rank=rank, ranks=self.layout.ranks)
             self._known[key] = full.template, full.coordinates, len(full.regular), held.width
+        flat = {} if self.layout.runs is None else self.layout.runs(rank)
         template, coordinates, regular, width = self._known[key]
-        flat = {name: leaf for name, leaf in state.items() if isinstance(leaf, FlatShard)}
         held = _widened(describe(flatten(flat).tensors), width)
         self.items += regular + len(flat)
         odd = np.arange(len(flat))
         return template, own_to_bytes(held, odd, regular + odd, coordinates)
+
+
+def job_of(model: Model, kind: str, layout: Layout) -> Job:
+    """Make the job of a layout."""
+    if not kind.startswith("fsdp"):
+        return Job(layout, None)
+    small, like = reduced(model)
+    small_layout = layout_for(small, kind, layout.ranks)
+    if small_layout is None:
+        raise ValueError(f"{layout.name}: there is none of {small.name}, reduced")
+    names = {prefix + name: prefix + other for prefix in PREFIXES for name, other in like.items()}
+    return Job(layout, Reduced(small_layout, names))
 
 
 def _widened(held: Holdings, width: int) -> Holdings:
@@ -278,21 +318,27 @@ def _widened(held: Holdings, width: int) -> Holdings:
     )
 
 
-def rank_cost(state: State, rank: int, ranks: int, told: Sequence[bytes]) -> RankCost:
-    """Measure one rank's own part of a first save, and of the next."""
-    with Timed() as flattening:
-        flat = flatten(state)
-    with Timed() as describing:
-        held = describe(flat.tensors)
-        digest_of(held, Options())
-        summary = summarise(held, rank=rank, ranks=ranks)
-    with Timed() as decoding:
-        part_from_bytes(told, held, summary)
-    like = Flattened(flat)
-    with Timed() as again:
-        if like.again(state) is not None:
+def rank_cost(
+    state: State, rank: int, ranks: int, told: Sequence[bytes], times: int = 3
+) -> RankCost:
+    """Measure one rank's own part of a first save, and of the next: the least of several times."""
+    costs = []
+    for _ in range(times):
+        with Timed() as flattening:
+            flat = flatten(state)
+            like = Flattened(flat)
+        with Timed() as describing:
+            held = describe(flat.tensors)
             digest_of(held, Options())
-    return RankCost(flattening.cpu_s, describing.cpu_s, decoding.cpu_s, again.cpu_s)
+            summary = summarise(held, rank=rank, ranks=ranks)
+        with Timed() as decoding:
+            part_from_bytes(told, held, summary)
+        with Timed() as again:
+            if like.again(state) is None:
+                raise AssertionError(f"rank {rank}'s state is not like itself")
+            digest_of(held, Options())
+        costs.append([timed.cpu_s for timed in (flattening, describing, decoding, again)])
+    return RankCost(*np.min(costs, axis=0).tolist())
 
 
 def gather(
@@ -342,70 +388,88 @@ def make_manifest(plan: WritePlan, ranks: int) -> Manifest:
     return manifest
 
 
-def measure(
-    job: Job, result: Result, network: Network, storage: Storage, *, memory: bool
-) -> tuple[Manifest, WritePlan]:
-    """Fill in a result: one first save, and the steady state."""
+def measure(job: Job, result: Result) -> tuple[Manifest, WritePlan, list[Distinct]]:
+    """Fill in a result: one first save, and the steady state.
+
+    Returns:
+        The manifest, the plan, and what the ranks are told of it.
+    """
     ranks = job.layout.ranks
-    sample = sorted({0, 1, ranks // 2, ranks - 1})
+    sample = sorted({0, 1, ranks // 3, ranks // 2, ranks - 1})
     summaries = job.summaries()
     job.check(summaries, sample)
+    result.items, result.templates = job.items, len(summaries[0].payloads)
+    sizes = [_sizes(column).sum() for column in summaries]
+    result.item_bytes_sent = float(sum(sizes)) / job.items
     mailroom = Mailroom(ranks)
     root = gather(mailroom, summaries)
-    result.items = job.items
     result.gather_bytes = int(mailroom.received_bytes[0])
-    own = sum(len(payload) for payload in summaries[1].payloads) if ranks else 0
-    alone = int(
-        np.array([len(payload) for payload in summaries[0].payloads])[summaries[0].of_rank].sum()
-    )
-    result.item_bytes_sent = (alone + own) / job.items
-    up = mailroom.received.copy(), mailroom.received_bytes.copy()
-    mailroom.clear()
-    planning, encoding = Timed(), Timed()
-    with planning:
+    with Timed() as planning:
         plan, parts = plan_at_coordinator(mailroom, root)
-    with encoding:
+    result.scatter_bytes = int(mailroom.sent_bytes[0])
+    with Timed() as encoding:
         manifest = make_manifest(plan, ranks)
         data = codec.encode(manifest)
-    if memory:
-        # Once more, since counting what is allocated takes longer than allocating it.
-        again = Mailroom(ranks)
-        root = gather(again, summaries)
-        tracemalloc.start()
-        traced, _ = plan_at_coordinator(again, root)
-        codec.encode(make_manifest(traced, ranks))
-        result.peak_bytes = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
     with Timed() as decoding:
         codec.decode(data)
-    result.plan_s, result.plan_wall_s = planning.cpu_s, planning.wall_s
-    result.encode_s, result.decode_s = encoding.cpu_s, decoding.cpu_s
+    result.peak_bytes = peak_bytes(summaries)
+    result.plan_s, result.encode_s, result.decode_s = planning.cpu_s, encoding.cpu_s, decoding.cpu_s
     result.manifest_bytes = len(data)
     result.tensors, result.boxes = len(plan.names), manifest.boxes
     result.total_bytes = int(plan.rank_bytes.sum())
     result.busiest_bytes = int(plan.rank_bytes.max())
-    sizes = np.zeros(ranks)
-    for column in parts:
-        sizes += np.array([len(payload) for payload in column.payloads])[column.of_rank]
-    result.part_bytes_mean, result.part_bytes_max = float(sizes.mean()), int(sizes.max())
+    told = sum(_sizes(column) for column in parts)
+    result.part_bytes_mean, result.part_bytes_max = float(np.mean(told)), int(np.max(told))
     costs = [
         rank_cost(job.layout.state(rank), rank, ranks, [column[rank] for column in parts])
         for rank in sample
     ]
     result.rank_first_s = float(np.median([cost.first_s for cost in costs]))
     result.rank_next_s = float(np.median([cost.again_s for cost in costs]))
-    result.steady_s = least(lambda: steady(ranks))
+    result.steady_s = min(steady(ranks) for _ in range(2))
+    return manifest, plan, parts
+
+
+def _sizes(column: Distinct) -> np.ndarray:
+    """(ranks,) bytes of each rank's content."""
+    return np.array([len(payload) for payload in column.payloads])[column.of_rank]
+
+
+def peak_bytes(summaries: Sequence[Distinct]) -> int:
+    """Return how much memory the coordinator allocates at most, from messages to the manifest.
+
+    Not while it is timed: counting what is allocated takes longer than allocating it.
+    """
+    mailroom = Mailroom(len(summaries[0].of_rank))
+    root = gather(mailroom, summaries)
+    tracemalloc.start()
+    plan, _ = plan_at_coordinator(mailroom, root)
+    codec.encode(make_manifest(plan, mailroom.ranks))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def simulate(result: Result, network: Network, storage: Storage) -> None:
+    """Add to a result how long a save and a load take on an assumed network and storage."""
+    ranks = result.ranks
     levels = [0] + [rank for rank in (16, 256, 4096) if rank < ranks]
-    travel = sum(network.seconds(len(children(rank, ranks)), 0) for rank in levels)
-    travel += float(up[1].max()) / network.bytes_per_s
-    write_s = storage.seconds(result.busiest_bytes, result.total_bytes)
+    messages = sum(len(children(rank, ranks)) for rank in levels)
+    up = network.seconds(messages, result.gather_bytes)
+    down = network.seconds(messages, result.scatter_bytes)
+    first = result.rank_first_s + up + result.plan_s + down
+    again = result.rank_next_s + result.steady_s + 2 * network.seconds(messages, 0)
+    write = storage.seconds(result.busiest_bytes, result.total_bytes)
+    commit = result.encode_s + 2 * network.seconds(messages, 0) + storage.request_s
+    read = storage.seconds(result.total_bytes / ranks, result.total_bytes, requests=2)
     result.simulated = {
-        "first plan, from call to plan (s)": planning.wall_s + 2 * travel + result.rank_first_s,
-        "next plan (s)": result.steady_s + result.rank_next_s + 2 * travel,
-        "write (s)": write_s,
-        "largest node's received bytes": float(up[1].max()),
+        "first plan (s)": first,
+        "next plan (s)": again,
+        "write (s)": write,
+        "first save (s)": first + write + commit,
+        "next save (s)": again + write + commit,
+        "read (s)": read,
     }
-    return manifest, plan
 
 
 def steady(ranks: int) -> float:
@@ -435,11 +499,6 @@ def steady(ranks: int) -> float:
     return deciding.cpu_s
 
 
-def least(measurement: Callable[[], float], times: int = 3) -> float:
-    """Repeat a short measurement, and return the least: what disturbs it only adds to it."""
-    return min(measurement() for _ in range(times))
-
-
 def planning_messages(url: str, states: Sequence[State], saves: int = 1) -> list[Mailroom]:
     """Run the planning of saves on all ranks, here; return each save's messages, counted.
 
@@ -465,3 +524,19 @@ def planning_messages(url: str, states: Sequence[State], saves: int = 1) -> list
         for known, _ in run_all(protocols):
             known.saves += 1
     return mailrooms
+
+
+def commit_messages(ranks: int) -> np.ndarray:
+    """Count the messages that each rank sends at a commit: outcomes up the tree, the decision down.
+
+    Their bytes are not counted: they hold times.
+    """
+    mailroom = Mailroom(ranks)
+
+    def commit(rank: int) -> Generator[None, None, None]:
+        operation = Operation(MailCoordinator(rank, mailroom), 1, 600.0).in_background()
+        yield from operation.gather(0, {}, "say")
+        yield from operation.broadcast(1, {}, "hear")
+
+    run_all([commit(rank) for rank in range(ranks)])
+    return mailroom.sent

@@ -228,9 +228,11 @@ def _decode_names(tensors: Any) -> list[str]:
     _need(total <= _MAX_SHARED_BYTES, f"names that share {total} bytes")
     names, previous = [], b""
     for suffix, shared in zip(tensors.suffix, tensors.shared, strict=True):
-        _need(shared <= len(previous), "a name shares more than the name before it has")
+        if shared > len(previous):
+            raise _broken("a name shares more than the name before it has")
         previous = previous[:shared] + suffix.encode()
-        _need(len(previous) <= MAX_NAME_BYTES, f"a name of {len(previous)} bytes")
+        if len(previous) > MAX_NAME_BYTES:
+            raise _broken(f"a name of {len(previous)} bytes")
         names.append(previous.decode())
     return names
 
@@ -377,4 +379,8 @@ def _column(values: Any, *, signed: bool = False) -> np.ndarray:
 def _need(condition: object, fault: str) -> None:
     """Refuse the manifest unless the condition, Python's or numpy's, is true."""
     if not condition:
-        raise CorruptCheckpoint(f"the manifest breaks the format: {fault}")
+        raise _broken(fault)
+
+
+def _broken(fault: str) -> CorruptCheckpoint:
+    return CorruptCheckpoint(f"the manifest breaks the format: {fault}")

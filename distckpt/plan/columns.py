@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from distckpt.region import ranges
+
 _COLUMN = struct.Struct("<BI")  # bytes of a number, how many
 _RAW, _DEFLATED = b"\0", b"\1"
 # Smaller ones are not worth the time that it takes to inflate them, thousands of times.
@@ -92,14 +94,6 @@ def distinct_rows(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     return first[order], place[kind]
-
-
-def ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Concatenate the ranges ``first[i] … first[i] + count[i]``."""
-    ends = np.cumsum(count)
-    total = int(ends[-1]) if len(ends) else 0
-    found: np.ndarray = np.arange(total) + np.repeat(first - (ends - count), count)
-    return found
 
 
 def distinct_lists(values: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

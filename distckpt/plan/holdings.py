@@ -55,6 +55,8 @@ class Holdings:
             How many boxes each item has (a run without elements has none), and all boxes' start and
             stop, by item.
         """
+        if not (self.kind == RUN).any():
+            return np.ones(len(self.names), np.int64), self.start, self.stop
         runs = np.flatnonzero((self.kind == RUN) & (self.first < self.last))
         plain = np.flatnonzero(self.kind == BOX)
         of, start, stop = boxes_of_runs(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,10 +11,17 @@ import numpy as np
 from distckpt import dtypes
 from distckpt.bundle import Distinct
 from distckpt.errors import LayoutError
-from distckpt.layout import BALANCED, CEILING
 from distckpt.manifest import pad_columns
 from distckpt.plan.columns import distinct_rows
-from distckpt.plan.summary import NOTHING, Odd, Template, owns_from_bytes, template_from_bytes
+from distckpt.plan.cuts import edges, rules_of
+from distckpt.plan.summary import (
+    NOTHING,
+    WHOLE,
+    Odd,
+    Template,
+    owns_from_bytes,
+    template_from_bytes,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +55,23 @@ class Tensors:
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """How one dimension is cut; see `cuts`.
+
+    Attributes:
+        dim: The dimension.
+        columns: The columns of `Use.coordinates` that say which part, the outermost first.
+        parts: In how many parts each of these cuts.
+        rules: By which rules, as bits: any of them is right.
+    """
+
+    dim: int
+    columns: tuple[int, ...]
+    parts: tuple[int, ...]
+    rules: int
+
+
+@dataclass(frozen=True, slots=True)
 class Use:
     """Tensors that the ranks of one template hold in one way.
 
@@ -54,39 +79,47 @@ class Use:
         template: Index of the template.
         item: (n,) the items in it.
         tensor: (n,) their tensors.
-        dims: Dimensions that are cut.
-        parts: In how many parts each of these is cut.
-        rules: By which rules, as bits: any of them is right.
+        cuts: How the dimensions that are cut are cut.
         ranks: (ranks,) who holds them, ascending.
-        coordinates: (ranks, dims) which part each of these has.
+        coordinates: (ranks, axes) which part each of these has.
     """
 
     template: int
     item: np.ndarray
     tensor: np.ndarray
-    dims: tuple[int, ...]
-    parts: tuple[int, ...]
-    rules: tuple[int, ...]
+    cuts: tuple[Cut, ...]
     ranks: np.ndarray
     coordinates: np.ndarray
 
+    @property
+    def cells(self) -> int:
+        """In how many parts a tensor is cut, empty ones included."""
+        return math.prod(parts for cut in self.cuts for parts in cut.parts)
+
     def take(self, rows: np.ndarray) -> Use:
         """Select items."""
-        return Use(
-            self.template,
-            self.item[rows],
-            self.tensor[rows],
-            self.dims,
-            self.parts,
-            self.rules,
-            self.ranks,
-            self.coordinates,
-        )
+        return replace(self, item=self.item[rows], tensor=self.tensor[rows])
 
+    def boxes(self, shape: np.ndarray, coordinates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the boxes that some coordinates stand for.
 
-def a_rule(rules: int) -> int:
-    """Return one of the rules that bits stand for."""
-    return BALANCED if rules >> BALANCED & 1 else CEILING
+        Args:
+            shape: (n, width) the tensors' shapes.
+            coordinates: (places, axes).
+
+        Returns:
+            Start and stop, (n, places, width).
+        """
+        start = np.zeros((len(shape), len(coordinates), shape.shape[1]), np.int64)
+        stop = np.repeat(shape[:, None, :], len(coordinates), axis=1)
+        for cut in self.cuts:
+            start[:, :, cut.dim], stop[:, :, cut.dim] = edges(
+                shape[:, cut.dim, None],
+                cut.parts,
+                rules_of(cut.rules, len(cut.parts)),
+                coordinates[None][:, :, cut.columns],
+            )
+        return start, stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,31 +178,10 @@ def merge(templates: Distinct, owns: Distinct) -> World:
     )
     uses: list[Use] = []
     for number, (template, ids) in enumerate(zip(found, template_tensor, strict=True)):
-        axis = pad_columns(template.axis, tensors.width, 0)
-        rows = np.flatnonzero((axis != NOTHING).all(axis=1) & (tensors.size[ids] > 0))
-        if not len(rows):
-            continue
         mine = template_ranks[number]
-        numbers = [coordinates[own] for own in owns.of_rank[mine].tolist()]
-        table = np.concatenate(numbers).astype(np.int64).reshape(len(mine), -1)
-        rules = pad_columns(template.rules, tensors.width, 0)
-        firsts, kinds = distinct_rows(np.column_stack([axis, rules])[rows])
-        for kind, row in enumerate(rows[firsts].tolist()):
-            some = rows[kinds == kind]
-            dims = np.flatnonzero(axis[row])
-            axes = axis[row, dims] - 1
-            uses.append(
-                Use(
-                    number,
-                    some,
-                    ids[some],
-                    tuple(dims.tolist()),
-                    tuple(template.parts[axes].tolist()),
-                    tuple(rules[row, dims].tolist()),
-                    mine,
-                    table[:, axes],
-                )
-            )
+        said = [coordinates[own] for own in owns.of_rank[mine].tolist()]
+        table = np.concatenate(said).astype(np.int64).reshape(len(mine), -1)
+        uses += _uses(number, template, ids, tensors, ranks=mine, coordinates=table)
     has_values = np.array([bool(template.per_rank) for template in found], bool)
     return World(
         ranks,
@@ -185,6 +197,43 @@ def merge(templates: Distinct, owns: Distinct) -> World:
         tuple(dict.fromkeys(name for template in found for name in template.per_rank)),
         has_values[templates.of_rank],
     )
+
+
+def _uses(
+    number: int,
+    template: Template,
+    tensor: np.ndarray,
+    tensors: Tensors,
+    *,
+    ranks: np.ndarray,
+    coordinates: np.ndarray,
+) -> Iterator[Use]:
+    """Yield what the ranks of a template hold, each way of holding once."""
+    way = pad_columns(template.way, tensors.width, WHOLE)
+    rules = pad_columns(template.rules, tensors.width, 0)
+    rows = np.flatnonzero((way != NOTHING).all(axis=1) & (tensors.size[tensor] > 0))
+    firsts, kinds = distinct_rows(np.column_stack([way, rules])[rows])
+    for kind, row in enumerate(rows[firsts].tolist()):
+        some = rows[kinds == kind]
+        dims = np.flatnonzero(way[row]).tolist()
+        axes = [
+            [within - 1, by] if within else [by]
+            for within, by in zip(
+                *(column[way[row, dims] - 1].tolist() for column in (template.within, template.by)),
+                strict=True,
+            )
+        ]
+        used = sorted({axis for of_dim in axes for axis in of_dim})
+        cuts = tuple(
+            Cut(
+                dim,
+                tuple(used.index(axis) for axis in of_dim),
+                tuple(template.parts[of_dim].tolist()),
+                int(rules[row, dim]),
+            )
+            for dim, of_dim in zip(dims, axes, strict=True)
+        )
+        yield Use(number, some, tensor[some], cuts, ranks, coordinates[:, used])
 
 
 def _ranks_of(column: Distinct) -> list[np.ndarray]:

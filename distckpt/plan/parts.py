@@ -14,10 +14,11 @@ import numpy as np
 
 from distckpt import dtypes
 from distckpt.bundle import Distinct
-from distckpt.plan.columns import columns_from_bytes, columns_to_bytes, distinct_lists, ranges
-from distckpt.plan.grids import GridFamily
+from distckpt.plan.columns import columns_from_bytes, columns_to_bytes, distinct_lists
+from distckpt.plan.grids import Family
 from distckpt.plan.holdings import Holdings
 from distckpt.plan.summary import Summary
+from distckpt.region import ranges
 
 # Bytes of a number, width, rows, checks, grids, and one plus the values' and the grids' file.
 _OWN = struct.Struct("<BHIIIII")
@@ -99,7 +100,7 @@ class CheckTable:
 class GridTable:
     """The families of grids, and the first comparison of each of their tensors, or -1."""
 
-    families: Sequence[GridFamily]
+    families: Sequence[Family]
     check: Sequence[np.ndarray]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from distckpt.manifest import Pieces
 from distckpt.plan.balance import balance
 from distckpt.plan.columns import distinct_lists
-from distckpt.region import boxes_of_runs
+from distckpt.region import boxes_of_runs, ranges
 
 # The first and the last block of a stretch always hold wanted elements.
 _ENDS = 2
@@ -163,39 +163,46 @@ def _intersecting(pieces: Pieces, wants: Wants) -> tuple[np.ndarray, np.ndarray]
 
     Within a tensor the pieces are sorted by their first cut dimension's start; the candidates of a
     want are those from the first that reaches beyond its start to the last that begins before its
-    stop.
+    stop. Looked for in all tensors at once: on a line on which they follow one another.
     """
-    wanted = np.flatnonzero((wants.start < wants.stop).all(axis=1))
     stored = np.flatnonzero(pieces.size_bytes > 0)
-    width = pieces.start.shape[1]
-    piece_out, want_out = [], []
-    tensor = pieces.tensor[stored]
-    order = wanted[np.argsort(wants.tensor[wanted], kind="stable")]
-    edges = np.flatnonzero(np.diff(wants.tensor[order], prepend=-1, append=-1))
-    for begin, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        rows = order[begin:end]
-        number = wants.tensor[rows[0]]
-        low, high = np.searchsorted(tensor, [number, number + 1])
-        mine = stored[low:high]
-        if not mine.size:
-            continue
-        cut = (pieces.start[mine] != pieces.start[mine[0]]).any(axis=0)
-        dim = int(np.argmax(cut)) if cut.any() else width - 1
-        reach = np.maximum.accumulate(pieces.stop[mine, dim])
-        from_ = np.searchsorted(reach, wants.start[rows, dim], side="right")
-        to = np.searchsorted(pieces.start[mine, dim], wants.stop[rows, dim], side="left")
-        count = np.maximum(to - from_, 0)
-        want = np.repeat(rows, count)
-        piece = mine[np.arange(count.sum()) - np.repeat(np.cumsum(count) - count - from_, count)]
-        common = (
-            np.maximum(pieces.start[piece], wants.start[want])
-            < np.minimum(pieces.stop[piece], wants.stop[want])
-        ).all(axis=1)
-        piece_out.append(piece[common])
-        want_out.append(want[common])
-    if not piece_out:
+    tensors, first, of_piece = np.unique(
+        pieces.tensor[stored], return_index=True, return_inverse=True
+    )
+    of_want = np.minimum(np.searchsorted(tensors, wants.tensor), max(len(tensors) - 1, 0))
+    wanted = (wants.start < wants.stop).all(axis=1)
+    wanted &= tensors[of_want] == wants.tensor if len(tensors) else False
+    rows = np.flatnonzero(wanted)
+    if not len(rows):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    return np.concatenate(piece_out), np.concatenate(want_out)
+    of_want = of_want[rows]
+    differs = pieces.start[stored] != pieces.start[stored[first]][of_piece]
+    cut = np.logical_or.reduceat(differs, first, axis=0)
+    dim = np.where(cut.any(axis=1), cut.argmax(axis=1), cut.shape[1] - 1)
+    at = dim[of_piece], dim[of_want]
+    ends = (
+        pieces.start[stored, at[0]],
+        pieces.stop[stored, at[0]],
+        wants.start[rows, at[1]],
+        wants.stop[rows, at[1]],
+    )
+    # By their order, not by themselves: the sum of extents may be too large a number.
+    values, place = np.unique(np.concatenate(ends), return_inverse=True)
+    begin, end, low, high = np.split(place.reshape(-1), np.cumsum([len(x) for x in ends[:-1]]))
+    step = len(values) + 1
+    reach = np.maximum.accumulate(of_piece * step + end)
+    from_ = np.searchsorted(reach, of_want * step + low, side="right")
+    to = np.searchsorted(of_piece * step + begin, of_want * step + high, side="left")
+    count = np.maximum(to - from_, 0)
+    want, piece = np.repeat(rows, count), stored[ranges(from_, count)]
+    common = (
+        np.maximum(pieces.start[piece], wants.start[want])
+        < np.minimum(pieces.stop[piece], wants.stop[want])
+    ).all(axis=1)
+    # By tensor, and then as the wants came.
+    piece, want = piece[common], want[common]
+    order = np.lexsort((want, pieces.tensor[piece]))
+    return piece[order], want[order]
 
 
 def _touched(

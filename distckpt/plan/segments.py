@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from distckpt.errors import LayoutError
-from distckpt.layout import cut_edges, describe_faults, wrong_covers
-from distckpt.plan.columns import distinct_rows, ranges
+from distckpt.layout import describe_faults, wrong_covers
+from distckpt.plan.columns import distinct_rows
 from distckpt.plan.holdings import RUN
-from distckpt.plan.merge import Tensors, Use, World, a_rule
-from distckpt.region import Region, boxes_of_runs
+from distckpt.plan.merge import Tensors, Use, World
+from distckpt.region import Region, boxes_of_runs, ranges
 
 _MOST_LISTED = 3
 
@@ -101,14 +101,7 @@ def expand(world: World, uses: Sequence[Use]) -> Occurrences:
         order = np.argsort(cell, kind="stable")
         numbers = len(sets) + np.arange(len(firsts))
         sets += np.split(use.ranks[order], np.searchsorted(cell[order], np.arange(1, len(firsts))))
-        shape = world.tensors.shape[use.tensor]
-        start = np.zeros((len(use.item), len(firsts), shape.shape[1]), np.int64)
-        stop = np.repeat(shape[:, None, :], len(firsts), axis=1)
-        for index, dim in enumerate(use.dims):
-            at = use.coordinates[firsts, index]
-            start[:, :, dim], stop[:, :, dim] = cut_edges(
-                shape[:, dim, None], use.parts[index], a_rule(use.rules[index]), at[None, :]
-            )
+        start, stop = use.boxes(world.tensors.shape[use.tensor], use.coordinates[firsts])
         count, cells = start.shape[:2]
         flat = (
             np.repeat(use.tensor, cells),

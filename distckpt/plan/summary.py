@@ -1,10 +1,10 @@
 """What a rank holds, said so that ranks which hold the like say the same.
 
 Most boxes follow a rule: dimension d is cut into so many parts, evenly or by ceiling, and this rank
-has part number i. Said as the rule (a *template*, alike on thousands of ranks) and the rank's own
-numbers i (its *coordinates*), the holdings of all ranks are a few templates and a few numbers a
-rank, whatever the number of tensors. What follows no rule, such as the runs of flat buffers, is
-said one by one: *odd* items.
+has part number i; or that part is cut once more (`cuts`). Said as the rule (a *template*, alike on
+thousands of ranks) and the rank's own numbers i (its *coordinates*), the holdings of all ranks are
+a few templates and a few numbers a rank, whatever the number of tensors. What follows no rule, such
+as the runs of flat buffers, is said one by one: *odd* items.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distckpt.layout import BALANCED, CEILING
 from distckpt.plan.columns import (
     columns_from_bytes,
     columns_to_bytes,
@@ -25,11 +24,12 @@ from distckpt.plan.columns import (
     text_column,
     texts_of,
 )
+from distckpt.plan.cuts import Axis, Way, find_ways, ways_rules
 from distckpt.plan.holdings import RUN, Holdings
 
-# In a template's `axis`: the whole extent; 1 … are its axes; no element, and no part of any cut.
+# In a template's `way`: the whole extent; 1 … are its ways; no element, and no part of any cut.
 WHOLE, NOTHING = 0, 255
-_MOST_AXES = 32
+_MOST_AXES, _MOST_WAYS = 32, NOTHING - 1
 # A rank that cuts in more different ways than this is not regular.
 _MOST_CUTS = 256
 _OWN = struct.Struct("<BHIII")  # bytes of a number, width, axes, odd items, bytes of their names
@@ -45,10 +45,11 @@ class Template:
         dtype: (items,) dtype codes.
         ndim: (items,) dimensions before padding.
         shape: (items, width) shapes of the whole tensors.
-        axis: (items, width) how each dimension is cut: `WHOLE`, one plus the index of an axis, or
+        way: (items, width) how each dimension is cut: `WHOLE`, one plus the index of a way, or
             `NOTHING` where the rank holds no element of it.
-        rules: (items, width) by which rules: bit `BALANCED` and bit `CEILING` are set where such a
-            cut gives just these boxes. Which one is meant, one rank may not be able to tell.
+        rules: (items, width) by which rules, as bits; see `cuts.ways_rules`.
+        within: (ways,) one plus the axis whose parts a way cuts; 0 where it cuts the whole.
+        by: (ways,) the axis that it cuts by.
         parts: (axes,) in how many parts an axis cuts.
         per_rank: Names of the per-rank values.
     """
@@ -57,8 +58,10 @@ class Template:
     dtype: np.ndarray
     ndim: np.ndarray
     shape: np.ndarray
-    axis: np.ndarray
+    way: np.ndarray
     rules: np.ndarray
+    within: np.ndarray
+    by: np.ndarray
     parts: np.ndarray
     per_rank: list[str]
 
@@ -125,21 +128,24 @@ def summarise(held: Holdings, *, rank: int, ranks: int) -> Summary:
     item, dim = np.nonzero(cut)
     table = np.column_stack([held.shape[cut], held.start[cut], held.stop[cut]])
     first, which = distinct_rows(table)
-    axis_of, rules_of = np.full(len(first), NOTHING), np.zeros(len(first), np.int64)
-    regular = held.kind != RUN
-    axes: list[_Axis] = []
+    way_of, rules_of = np.full(len(first), NOTHING), np.zeros(len(first), np.int64)
+    axes: dict[Axis, int] = {}
+    ways: dict[Way, int] = {}
     if len(first) <= _MOST_CUTS:
-        cuts = [tuple(row) for row in table[first].tolist()]
-        found = _axes(cuts, rank=rank, ranks=ranks)
-        axes = sorted({axis for axis in found if axis is not None}, key=found.index)[:_MOST_AXES]
-        for number, (cut_, axis_) in enumerate(zip(cuts, found, strict=True)):
-            if axis_ in axes:
-                axis_of[number] = 1 + axes.index(axis_)
-                rules_of[number] = _rules(cut_, *axis_)
-    axis, rules = np.full(held.shape.shape, WHOLE), np.zeros(held.shape.shape, np.int64)
-    axis[item, dim], rules[item, dim] = axis_of[which], rules_of[which]
+        cuts = [(extent, low, high) for extent, low, high in table[first].tolist()]
+        for number, way in enumerate(find_ways(cuts, rank=rank, ranks=ranks)):
+            if way is None or (way not in ways and len(ways) == _MOST_WAYS):
+                continue
+            if len(axes.keys() | set(way)) <= _MOST_AXES:
+                for axis in way:
+                    axes.setdefault(axis, len(axes))
+                way_of[number] = 1 + ways.setdefault(way, len(ways))
+                rules_of[number] = ways_rules(cuts[number], way)
+    way_, rules = np.full(held.shape.shape, WHOLE), np.zeros(held.shape.shape, np.int64)
+    way_[item, dim], rules[item, dim] = way_of[which], rules_of[which]
     # No rule, and some elements: this one has to be said as it is.
-    regular &= ~((axis == NOTHING) & (held.start < held.stop)).any(axis=1)
+    unsaid = ((way_ == NOTHING) & (held.start < held.stop)).any(axis=1)
+    regular = (held.kind != RUN) & ~unsaid
     rows, odd = np.flatnonzero(regular), np.flatnonzero(~regular)
     template = columns_to_bytes(
         [
@@ -148,8 +154,10 @@ def summarise(held: Holdings, *, rank: int, ranks: int) -> Summary:
             held.dtype[rows],
             held.ndim[rows],
             held.shape[rows],
-            axis[rows],
+            way_[rows],
             rules[rows],
+            np.array([[1 + axes[a] for a in way[:-1]] or [0] for way in ways], np.int64),
+            np.array([axes[way[-1]] for way in ways], np.int64),
             np.array([parts for parts, _ in axes], np.int64),
             text_column(held.per_rank),
         ]
@@ -188,15 +196,19 @@ def own_to_bytes(
 
 def template_from_bytes(data: bytes) -> Template:
     """Read the template of a `Summary`."""
-    head, names, dtype, ndim, shape, axis, rules, parts, per_rank = columns_from_bytes(data)
+    head, names, dtype, ndim, shape, way, rules, within, by, parts, per_rank = columns_from_bytes(
+        data
+    )
     items, width, values = head.tolist()
     return Template(
         texts_of(names, items),
         dtype,
         ndim,
         shape.reshape(items, width),
-        axis.reshape(items, width),
+        way.reshape(items, width),
         rules.reshape(items, width),
+        within,
+        by,
         parts,
         texts_of(per_rank, values),
     )
@@ -252,86 +264,3 @@ def owns_from_bytes(payloads: Sequence[bytes]) -> tuple[list[np.ndarray], Odd]:
     of = np.repeat(numbers_, counts)
     odd = Odd(of, number, names, dtype, ndim, kind, first, last, shape, start, stop)
     return coordinates, odd
-
-
-# ---------------------------------------------------------------------------------- finding a rule
-
-_Cut = tuple[int, ...]  # extent, first, one past the last
-_Axis = tuple[int, int]  # parts, index
-
-
-def _axes(cuts: Sequence[_Cut], *, rank: int, ranks: int) -> list[_Axis | None]:
-    """Find for each cut the parts that it is one of, and which; as few different ones as can be.
-
-    Any answer is right: what a cut's axis says is exactly that cut. Alike on all ranks, the answer
-    is also short.
-    """
-    found: list[_Axis | None] = [None] * len(cuts)
-    left = set(range(len(cuts)))
-    fits = {
-        parts: [[_indices(cut, parts, rule) for rule in (BALANCED, CEILING)] for cut in cuts]
-        for parts in _divisors(ranks)
-    }
-    while left:
-        best: tuple[int, _Axis | None] = (0, None)
-        for parts, spans in fits.items():
-            known = [span for number in left for span in spans[number] if span is not None]
-            candidates = {low for low, high in known if low == high}
-            if parts == ranks:
-                candidates.add(rank)
-            for index in sorted(candidates):
-                count = sum(_holds(spans[number], index) for number in left)
-                if count > best[0]:
-                    best = (count, (parts, index))
-        axis = best[1]
-        if axis is None:
-            break
-        for number in list(left):
-            if _holds(fits[axis[0]][number], axis[1]):
-                found[number] = axis
-                left.discard(number)
-    for number in left:
-        extent, first, last = cuts[number]
-        # A part of a cut in equal parts, but for the last, of which the size is not to be seen.
-        if first < last < extent and first % (last - first) == 0:
-            axis = -(-extent // (last - first)), first // (last - first)
-            found[number] = axis if _rules(cuts[number], *axis) else None
-    return found
-
-
-def _holds(spans: Sequence[tuple[int, int] | None], index: int) -> bool:
-    return any(span is not None and span[0] <= index <= span[1] for span in spans)
-
-
-def _rules(cut: _Cut, parts: int, index: int) -> int:
-    """Return by which rules this part of a cut is this one, as bits."""
-    spans = {rule: _indices(cut, parts, rule) for rule in (BALANCED, CEILING)}
-    return sum(1 << rule for rule, span in spans.items() if _holds([span], index))
-
-
-def _divisors(number: int) -> list[int]:
-    """Return the divisors but 1, the number itself first."""
-    small = [found for found in range(1, int(number**0.5) + 1) if number % found == 0]
-    return sorted({*small, *(number // found for found in small)} - {1}, reverse=True)
-
-
-def _indices(cut: _Cut, parts: int, rule: int) -> tuple[int, int] | None:
-    """Return which parts of a cut are this one: several only where it has no element."""
-    extent, first, last = cut
-    size, more = divmod(extent, parts)
-    if rule == CEILING:
-        size, more = -(-extent // parts), 0
-    if first == last:
-        used = -(-extent // size) if rule == CEILING else min(extent, parts)
-        return (used, parts - 1) if first == extent and used < parts else None
-    if rule == CEILING:
-        index = first // size
-        fits = first % size == 0 and last == min(extent, first + size)
-    else:
-        larger = first < more * (size + 1)
-        index = (
-            first // (size + 1) if larger else more + (first - more * (size + 1)) // max(size, 1)
-        )
-        begin = index * size + min(index, more)
-        fits = begin == first and last == begin + size + (index < more)
-    return (index, index) if fits and index < parts else None

@@ -22,10 +22,12 @@ def holdings_to_plain(held: Holdings) -> dict[str, object]:
     }
 
 
-def holdings_from_plain(plain: Mapping[str, Any]) -> Holdings:
-    """Put together what `holdings_to_plain` took apart."""
+def holdings_from_plain(plain: Mapping[str, Any], names: tuple[str, ...] | None = None) -> Holdings:
+    """Put together what `holdings_to_plain` took apart; its *names* may be known."""
+    if names is None:
+        names = tuple(plain["names"].split("\0")) if plain["count"] else ()
     return Holdings(
-        tuple(plain["names"].split("\0")) if plain["count"] else (),
+        names,
         **{name: plain[name].astype(np.int64) for name in _TABLES},
         per_rank=tuple(plain["per_rank"]),
     )

@@ -10,10 +10,10 @@ import numpy as np
 
 from distckpt.bundle import Distinct
 from distckpt.errors import LayoutError
-from distckpt.layout import Grid, Layout
+from distckpt.layout import Layout
 from distckpt.manifest import order_in_file
 from distckpt.plan.columns import distinct_lists, hash_rows
-from distckpt.plan.grids import LISTED_CELLS, GridFamily, file_grid, find_grids
+from distckpt.plan.grids import LISTED_CELLS, Family, find_families
 from distckpt.plan.merge import Tensors, Use, World, merge
 from distckpt.plan.parts import CheckTable, GridTable, PartTables, RowTable, parts_to_bytes
 from distckpt.plan.segments import Segments, expand, find_segments
@@ -97,7 +97,7 @@ def plan_write(
     """
     world = merge(templates, owns)
     rule = _rules(world.tensors.names, replicas)
-    families, uses = find_grids(
+    families, uses = find_families(
         world, one_holder=rule == REPLICA_RULES.index("rank0"), listed_cells=listed_cells
     )
     plan = _plan(world, rule, families, uses, max_shard_bytes)
@@ -129,7 +129,7 @@ def _rules(names: Sequence[str], replicas: Replicas) -> np.ndarray:
 def _plan(
     world: World,
     rule: np.ndarray,
-    families: list[GridFamily],
+    families: list[Family],
     uses: list[Use],
     max_shard_bytes: int,
 ) -> WritePlan | None:
@@ -205,7 +205,7 @@ def _keep_first_holder(segments: Segments, sets: list[np.ndarray], rule: np.ndar
     )
 
 
-def _grid_loads(world: World, families: list[GridFamily]) -> tuple[np.ndarray, np.ndarray]:
+def _grid_loads(world: World, families: list[Family]) -> tuple[np.ndarray, np.ndarray]:
     """Return the bytes that each rank stores of the families, and those of their entries."""
     load = np.zeros(world.ranks, np.int64)
     entries = np.zeros(world.ranks, np.int64)
@@ -245,7 +245,7 @@ class _Decided:
     sets: list[np.ndarray]
     shares: Shares
     rule: np.ndarray
-    families: list[GridFamily]
+    families: list[Family]
     grid_bytes: np.ndarray
     grid_entries: np.ndarray
 
@@ -442,7 +442,7 @@ def _layouts(tensors: Tensors, boxes: _Boxes, file: np.ndarray) -> tuple[np.ndar
 
 def _grid_layouts(
     tensors: Tensors,
-    families: Sequence[GridFamily],
+    families: Sequence[Family],
     file_of_rank: np.ndarray,
     layout: np.ndarray,
     layouts: list[Layout],
@@ -455,7 +455,8 @@ def _grid_layouts(
             if (shape, replica) not in known:
                 known[shape, replica] = len(layouts)
                 files = file_of_rank[family.holders[:, replica]]
-                layouts.append(_grid_layout(family, shape, files, tensors.width - len(shape)))
+                pad = tensors.width - len(shape)
+                layouts.append(family.cells.layout(shape, pad, files))
             layout[tensor] = known[shape, replica]
 
 
@@ -466,18 +467,6 @@ def _in_order(layout: np.ndarray, layouts: list[Layout]) -> tuple[np.ndarray, li
     place = np.empty(len(layouts), np.int64)
     place[found] = np.arange(len(found))
     return place[layout], [layouts[number] for number in found.tolist()]
-
-
-def _grid_layout(family: GridFamily, shape: tuple[int, ...], files: np.ndarray, pad: int) -> Layout:
-    parts, rule, stride = [1] * len(shape), [0] * len(shape), [0] * len(shape)
-    affine = file_grid(files, family.parts)
-    for place, dim in enumerate(family.dims):
-        parts[dim - pad] = family.parts[place]
-        rule[dim - pad] = family.rule[place]
-        stride[dim - pad] = affine[1][place] if affine is not None else 0
-    base = affine[0] if affine is not None else 0
-    found = Layout.of_grid(shape, Grid(tuple(parts), tuple(rule), base, tuple(stride)))
-    return found if affine is not None else Layout(shape, found.start, found.stop, files)
 
 
 def _checks(

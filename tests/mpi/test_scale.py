@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 import distckpt
-from benchmarks.scale.layouts import megatron
+from benchmarks.scale.layouts import fsdp_tp, megatron
 from benchmarks.scale.models import Model, Parameter
-from benchmarks.scale.simulator import planning_messages
+from benchmarks.scale.simulator import commit_messages, planning_messages
 from distckpt.coordinator import BACKGROUND_TAG
 from distckpt.team import Team, connect
 
@@ -26,35 +28,45 @@ TINY = Model(
 
 
 class Counting:
-    """A Coordinator that counts what it sends in the calling thread's operations."""
+    """A Coordinator that counts what it sends, apart in the background: messages and bytes."""
 
     def __init__(self, coordinator):
         self.coordinator = coordinator
         self.rank, self.size = coordinator.rank, coordinator.size
         self.node, self.concurrent = coordinator.node, coordinator.concurrent
-        self.sent = [0, 0]
+        self.spent()
 
     def post(self, dest, tag, payload):
-        if tag < BACKGROUND_TAG:
-            self.sent[0] += 1
-            self.sent[1] += len(payload)
+        sent = self.sent[tag >= BACKGROUND_TAG]
+        sent[0] += 1
+        sent[1] += len(payload)
         self.coordinator.post(dest, tag, payload)
 
     def poll(self, tag, source=None):
         return self.coordinator.poll(tag, source)
 
     def spent(self):
-        found, self.sent = tuple(self.sent), [0, 0]
+        found = tuple(map(tuple, getattr(self, "sent", ())))
+        self.sent = [[0, 0], [0, 0]]
         return found
 
 
-def test_messages_and_bytes_of_planning_are_those_that_the_simulator_counts(
-    comm, folder, monkeypatch
+def zero1(ranks):
+    tp, pp = (2, 2) if ranks % 4 == 0 else (1, 1)
+    return megatron(TINY, tp=tp, pp=pp, dp=ranks // (tp * pp))
+
+
+def cut_twice(ranks):
+    return fsdp_tp(TINY, fsdp=ranks // 2, tp=2)
+
+
+@pytest.mark.parametrize("layout_of", [zero1, cut_twice])
+def test_messages_of_saves_and_bytes_of_planning_are_those_that_the_simulator_counts(
+    comm, folder, monkeypatch, layout_of
 ):
     # As a number it may be encoded in one byte more or less.
     monkeypatch.setattr("distckpt.prepare.secrets.randbits", lambda _: 1 << 62)
-    tp, pp = (2, 2) if comm.size % 4 == 0 else (1, 1)
-    layout = megatron(TINY, tp=tp, pp=pp, dp=comm.size // (tp * pp))
+    layout = layout_of(comm.size)
     counting = Counting(connect(comm).coordinator)
     team = Team(counting)
     spent = []
@@ -64,6 +76,8 @@ def test_messages_and_bytes_of_planning_are_those_that_the_simulator_counts(
     found = comm.gather(spent)
     if comm.rank == 0:
         states = [layout.state(rank) for rank in range(comm.size)]
+        committing = commit_messages(comm.size).tolist()
         for save, counted in enumerate(planning_messages(str(folder), states, saves=2)):
             expected = list(zip(counted.sent.tolist(), counted.sent_bytes.tolist(), strict=True))
-            assert [one[save] for one in found] == expected
+            assert [one[save][0] for one in found] == expected
+            assert [one[save][1][0] for one in found] == committing
