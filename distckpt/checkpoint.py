@@ -13,12 +13,14 @@ import numpy as np
 
 from distckpt import codec
 from distckpt.coordinator import Solo
+from distckpt.copies import Places, Work
 from distckpt.errors import (
     CheckpointError,
     IncompleteCheckpoint,
     MatchError,
     UnsupportedFormat,
 )
+from distckpt.exchange import exchange
 from distckpt.foreign import ForeignStore
 from distckpt.formats import OURS
 from distckpt.hold import Hold
@@ -30,15 +32,7 @@ from distckpt.manifest import Manifest, Pieces
 from distckpt.marks import LEASE_S
 from distckpt.match import Prefixes, Rename
 from distckpt.plan import Wants, plan_read
-from distckpt.reader import (
-    BlockReader,
-    StoredFile,
-    Work,
-    exchange,
-    read_manifest,
-    stored_files,
-    why_gone,
-)
+from distckpt.reader import BlockReader, StoredFile, read_manifest, stored_files, why_gone
 from distckpt.region import Region
 from distckpt.state import LazyArray
 from distckpt.stats import SaveStats
@@ -305,13 +299,8 @@ class Checkpoint:
         work = Work(fragments, manifest.block_bytes)
         blocks = BlockReader(self._store, self._files, manifest.block_bytes)
 
-        def put(key: int, box: Region, values: np.ndarray) -> None:
-            del key
-            inner = Region(box.start[pad:], box.stop[pad:]).relative_to(region.start)
-            out[inner.slices] = values.reshape(inner.shape)
-
         operation = Operation(Solo(), 0, 0.0)
-        failure = drive(exchange(operation, 2, work, blocks, dtype_of=lambda _: out.dtype, put=put))
+        failure = drive(exchange(operation, 2, work, blocks, _Whole(out, wants)))
         if failure is not None:
             self._refuse_gone(failure)
             raise failure
@@ -338,6 +327,41 @@ class Checkpoint:
         self._read(pieces, one, 0, Region((0,), (length,)), out)
         found: object = codec.unpack(out.data)
         return found
+
+
+class _Whole:
+    """Takes one box, into an array of its shape.
+
+    Args:
+        out: C-contiguous, in the stored dtype.
+        wants: The box, under the key 0.
+    """
+
+    def __init__(self, out: np.ndarray, wants: Wants) -> None:
+        self._bytes = out.reshape(-1).view(np.uint8)
+        self._dtype = out.dtype
+        self._start = wants.start[0].tolist()
+        self._box = out.reshape((wants.stop[0] - wants.start[0]).tolist())
+        self.places: Places | None = Places(wants.start, wants.stop, np.zeros(1, np.int64))
+
+    def dtype(self, key: int) -> np.dtype:
+        """See `Landing`."""
+        del key
+        return self._dtype
+
+    def memories(self, key: np.ndarray, start: np.ndarray, stop: np.ndarray) -> list[memoryview]:
+        """See `Landing`."""
+        del key
+        return [
+            self._bytes[first:last].data
+            for first, last in zip(start.tolist(), stop.tolist(), strict=True)
+        ]
+
+    def put(self, key: int, start: tuple[int, ...], values: np.ndarray) -> None:
+        """See `Landing`."""
+        del key
+        first = [a - o for a, o in zip(start, self._start, strict=True)]
+        self._box[tuple(slice(a, a + n) for a, n in zip(first, values.shape, strict=True))] = values
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,9 @@ class Coordinator(Protocol):
     """Tagged point-to-point messages between the ranks of one job. Nothing here blocks.
 
     Messages are bytes and have any length. Where `concurrent`, several threads use it at once.
+
+    One that sends any memory, and receives into any, has a method more, which others need not have:
+    see `poll_into`.
     """
 
     @property
@@ -74,6 +77,44 @@ class Coordinator(Protocol):
             Its source and its content, or None. Messages of one source and tag come in the order in
             which they were sent.
         """
+
+
+def fills_memory(coordinator: Coordinator) -> bool:
+    """Whether a coordinator has a method ``poll_into``; then its `post` takes any memory, too."""
+    return callable(getattr(coordinator, "poll_into", None))
+
+
+def poll_into(coordinator: Coordinator, tag: int, source: int, memory: memoryview) -> bool:
+    """Receive a message into memory, if one has come; without a copy where `fills_memory`.
+
+    Args:
+        coordinator: What receives it.
+        tag: Its tag.
+        source: The rank that it is from.
+        memory: Writable bytes, as many as the message has.
+
+    Returns:
+        Whether one has come.
+
+    Raises:
+        CheckpointError: It has another length.
+    """
+    if fills_memory(coordinator):
+        return bool(coordinator.poll_into(tag, source, memory))  # type: ignore[attr-defined]
+    found = coordinator.poll(tag, source)
+    if found is None:
+        return False
+    _check_length(source, len(found[1]), len(memory))
+    memory[:] = found[1]
+    return True
+
+
+def _check_length(source: int, found: int, expected: int) -> None:
+    if found != expected:
+        raise CheckpointError(
+            f"rank {source} sent {found} bytes where {expected} were expected: do all ranks run "
+            "the same version?"
+        )
 
 
 class Solo:
@@ -122,7 +163,7 @@ class MpiCoordinator:
 
         self._mpi = MPI
         self._comms = (calls, background)
-        self._sending: deque[tuple[MPI.Request, bytes]] = deque()
+        self._sending: deque[tuple[MPI.Request, bytes | memoryview]] = deque()
         self._reap_at = _REAP_AT
         self._holds_large = False
         self._lock = threading.Lock()
@@ -151,6 +192,23 @@ class MpiCoordinator:
             with self._lock:
                 self._reap()
         return found
+
+    def poll_into(self, tag: int, source: int, memory: memoryview) -> bool:
+        """See the function of this name."""
+        comm = self._comms[tag >= BACKGROUND_TAG]
+        status = self._mpi.Status()
+        message = comm.Improbe(source, tag, status)
+        if message is None:
+            if self._holds_large:
+                with self._lock:
+                    self._reap()
+            return False
+        length = status.Get_count(self._mpi.BYTE)
+        if length != len(memory):
+            message.Recv([bytearray(length), self._mpi.BYTE])
+        _check_length(source, length, len(memory))
+        message.Recv([memory, self._mpi.BYTE])
+        return True
 
     def _take(self, comm: MPI.Comm, source: int, tag: int) -> tuple[int, bytearray] | None:
         status = self._mpi.Status()

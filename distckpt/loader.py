@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from distckpt import codec, dtypes
+from distckpt.copies import Places, Work
 from distckpt.errors import (
     CheckpointError,
     IncompleteCheckpoint,
@@ -25,21 +26,13 @@ from distckpt.errors import (
     text,
     to_plain,
 )
+from distckpt.exchange import Skipped, exchange
 from distckpt.formats import locate
 from distckpt.load_plan import LoadOptions, plan_load
 from distckpt.manifest import Manifest
-from distckpt.net import Destination, Target, Wanted, collect
-from distckpt.plan import describe, fragments_from_plain, holdings_to_plain
-from distckpt.reader import (
-    BlockReader,
-    Skipped,
-    StoredFile,
-    Work,
-    exchange,
-    read_manifest,
-    stored_dtype,
-    why_gone,
-)
+from distckpt.net import Destination, Filling, Target, Wanted, collect
+from distckpt.plan import fragments_from_plain, holdings_to_plain
+from distckpt.reader import BlockReader, StoredFile, read_manifest, why_gone
 from distckpt.region import Region
 from distckpt.state import FlatState, PerRank
 from distckpt.store import Store
@@ -120,6 +113,7 @@ class _Part:
     block_bytes: int
     values: dict[str, Any]
     blobs: list[tuple[str, int]]  # (wanted name, length); their keys follow the targets'
+    looks: bool  # whether any rank looks at anything before its net may change
     same_ranks: bool  # as many as saved, so that each gets its own per-rank values back
     save_id: int
     report: dict[str, Any]
@@ -198,9 +192,8 @@ def load_into(
 
 def _describe(wanted: Wanted, options: LoadOptions) -> dict[str, object]:
     """Say what this rank wants, plainly."""
-    held = describe([destination.tensor for destination in wanted.destinations])
     return {
-        "tensors": holdings_to_plain(held),
+        "tensors": holdings_to_plain(wanted.held),
         "values": list(wanted.values),
         "per_rank": list(wanted.per_rank),
         "resolves": options.per_rank is not None,
@@ -245,6 +238,7 @@ def _part(answer: Mapping[str, Any]) -> _Part:
         answer["block_bytes"],
         answer["values"],
         answer["blobs"],
+        answer["looks"],
         answer["same_ranks"],
         answer["save_id"],
         answer["report"],
@@ -265,49 +259,26 @@ def _execute(
         total = blocks.bytes_to_read([part.first, part.second], operation.rank)
         blocks.on_read = partial(_advance, options.progress, total)
     skipped = Skipped() if options.on_corrupt == "skip" else None
-    targets = [target for destination in wanted.destinations for target in destination.targets]
+    targets = wanted.targets
     buffers = [np.empty(length, np.uint8) for _, length in part.blobs]
-
-    def dtype_of(key: int) -> np.dtype:
-        return np.dtype(np.uint8) if key >= len(targets) else stored_dtype(int(part.keep[key]))
-
-    lost: dict[str, int] = {}
-
-    def look(key: int, region: Region, values: np.ndarray) -> None:
-        if key >= len(targets):
-            buffers[key - len(targets)][region.start[-1] : region.stop[-1]] = values.reshape(-1)
-            return
-        tensor = targets[key].destination.tensor
-        count = dtypes.count_lost(values, tensor.dtype)
-        if count:
-            lost[tensor.name] = lost.get(tensor.name, 0) + count
-
-    touched: dict[str, None] = {}
-
-    def put(key: int, region: Region, values: np.ndarray) -> None:
-        target = targets[key]
-        touched[target.destination.tensor.name] = None
-        pad = len(region.start) - len(target.region.start)
-        inner = Region(region.start[pad:], region.stop[pad:])
-        target.put(inner, values.reshape(inner.shape))
-
-    failure = yield from exchange(
-        operation, 2, part.first, blocks, dtype_of=dtype_of, put=look, skipped=skipped
-    )
+    looking, filling = _Looking(targets, part.keep, buffers), Filling(wanted, part.keep)
+    settle = _Settle(operation, store, part.save_id)
+    failure = yield from exchange(operation, 2, part.first, blocks, looking, skipped=skipped)
     per_rank: dict[str, object] = {}
     if failure is None:
         try:
-            _refuse_loss(lost, wanted.destinations)
+            _refuse_loss(looking.lost, wanted.destinations)
             read = _read_blobs(part, buffers, _lacking(part, skipped, len(targets)))
             per_rank = _resolve(part, read, operation.rank, operation.size, options)
         except Exception as exc:  # noqa: BLE001
             failure = exc if isinstance(exc, CheckpointError) else CheckpointError(text(exc))
     # Until here no byte of any net has changed; beyond, only damage found while reading can leave
     # it partly changed.
-    settle = _Settle(operation, store, part.save_id)
-    yield from settle(4, failure)
-    failure = yield from exchange(
-        operation, 2, part.second, blocks, dtype_of=dtype_of, put=put, skipped=skipped
+    if part.looks:
+        yield from settle(4, failure)
+    failure = yield from exchange(operation, 2, part.second, blocks, filling, skipped=skipped)
+    touched = dict.fromkeys(
+        targets[key].destination.tensor.name for key in np.flatnonzero(filling.touched).tolist()
     )
     if failure is None:
         try:
@@ -336,6 +307,49 @@ def _execute(
     )
 
 
+@dataclass(slots=True)
+class _Looking:
+    """Takes what must be looked at before the net may change.
+
+    Attributes:
+        targets: What the net wants; the keys of the per-rank values follow theirs.
+        keep: As in `_Part`.
+        buffers: Take the per-rank values.
+        lost: Name → how many values its dtype can't hold.
+    """
+
+    targets: Sequence[Target]
+    keep: np.ndarray
+    buffers: Sequence[np.ndarray]
+    lost: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def places(self) -> Places | None:
+        """All is looked at."""
+        return None
+
+    def dtype(self, key: int) -> np.dtype:
+        """See `Landing`."""
+        if key >= len(self.targets):
+            return np.dtype(np.uint8)
+        return dtypes.BY_CODE[int(self.keep[key])].numpy
+
+    def memories(self, key: np.ndarray, start: np.ndarray, stop: np.ndarray) -> list[memoryview]:
+        """There are no places."""
+        raise NotImplementedError
+
+    def put(self, key: int, start: tuple[int, ...], values: np.ndarray) -> None:
+        """See `Landing`."""
+        if key >= len(self.targets):
+            first = start[-1]
+            self.buffers[key - len(self.targets)][first : first + values.size] = values.reshape(-1)
+            return
+        tensor = self.targets[key].destination.tensor
+        count = dtypes.count_lost(values, tensor.dtype)
+        if count:
+            self.lost[tensor.name] = self.lost.get(tensor.name, 0) + count
+
+
 @dataclass(frozen=True, slots=True)
 class _Settle:
     """Brings the ranks' outcomes together; raises on all if one failed."""
@@ -348,14 +362,15 @@ class _Settle:
         self,
         step: int,
         failure: CheckpointError | None,
-        touched: Iterable[str] = (),
+        touched: Collection[str] = (),
         bytes_read: int = 0,
         skipped: Mapping[str, Any] | None = None,
     ) -> Waiting[dict[str, Any]]:
         """Return the bytes that all ranks have read, and what they had to skip."""
         outcome = {
             "error": None if failure is None else to_plain(failure),
-            "touched": list(touched),
+            # As one text: there may be thousands, and mostly nobody asks.
+            "touched": "\0".join(touched) if touched else None,
             "bytes": bytes_read,
             "skipped": skipped,
         }
@@ -380,7 +395,8 @@ class _Settle:
 
     def _raise_failures(self, outcomes: Sequence[Mapping[str, Any]]) -> None:
         errors = {rank: found["error"] for rank, found in enumerate(outcomes) if found["error"]}
-        names = list(dict.fromkeys(name for found in outcomes for name in found["touched"]))
+        texts = [found["touched"] for found in outcomes if found["touched"] is not None]
+        names = list(dict.fromkeys(name for found in texts for name in found.split("\0")))
         verb = "load"
         missing = any(error["kind"] == "IncompleteCheckpoint" for error in errors.values())
         missing |= any(found["skipped"] and found["skipped"]["missing"] for found in outcomes)

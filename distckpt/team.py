@@ -36,9 +36,11 @@ from distckpt.coordinator import (
     as_mpi,
     backlog,
     duplicate,
+    fills_memory,
     keep,
     kept,
     launched_by_mpi,
+    poll_into,
     world,
 )
 from distckpt.errors import CheckpointError, from_plain, ranks_text, to_plain
@@ -174,6 +176,7 @@ class Operation:
         self._first_tag = number % _OPERATIONS * _STEPS + BACKGROUND_TAG * background
         self._asked: int | None = None  # the step of the last gather
         self._direct = False  # ranks were late: nothing goes down the tree any more
+        self._dropped: dict[tuple[int, int], int] = {}  # (tag, rank) → messages of no use
 
     def in_background(self) -> Operation:
         """The same operation, on the messages for the background."""
@@ -248,6 +251,8 @@ class Operation:
         column = None
         if isinstance(values, ToAll):
             return (yield from self.broadcast(step, values.value, what))
+        if values is not None and self.size == 1:
+            return values[0]
         if values is not None:
             distinct = {id(value): value for value in values}
             number = {key: place for place, key in enumerate(distinct)}
@@ -263,6 +268,8 @@ class Operation:
             Late: Elsewhere, when it does not come.
         """
         column = None
+        if self.size == 1:
+            return value
         if self.rank == COORDINATOR:
             column = [Distinct([codec.pack(value)], np.zeros(self.size, np.int64))]
         found = yield from self.scatter_bytes(step, column, what)
@@ -393,10 +400,23 @@ class Operation:
             if number == self.number:
                 return bundle
 
-    def send(self, dest: int, step: int, value: object) -> None:
-        """Send one value to one rank."""
-        payload = codec.pack((self.number, value))
-        self._coordinator.post(dest, self._first_tag + step, payload)
+    def send(self, dest: int, step: int, value: object, parts: Sequence[memoryview] = ()) -> None:
+        """Send one value to one rank, and memory with it.
+
+        Args:
+            dest: The rank.
+            step: Tells the messages of the operation apart.
+            value: A plain value.
+            parts: Contiguous memory, taken by one `receive_into` each. It may not change until the
+                other rank says that it has it.
+        """
+        tag = self._first_tag + step
+        self._coordinator.post(dest, tag, codec.pack((self.number, value, len(parts))))
+        fills = fills_memory(self._coordinator)
+        for part in parts:
+            content = part.cast("B")
+            # Not every coordinator sends what is no bytes.
+            self._coordinator.post(dest, tag, content if fills else bytes(content))  # type: ignore[arg-type]
 
     def receive(self, source: int, step: int, what: str, *, grace_s: float = 0.0) -> Waiting[Any]:
         """Wait for one value from one rank.
@@ -413,16 +433,40 @@ class Operation:
                 raise Late([source], self.timeout_s + grace_s, what)
             yield
 
+    def receive_into(self, source: int, step: int, memory: memoryview, what: str) -> Waiting[None]:
+        """Wait for the next of the parts that came with a value, and put it into memory.
+
+        Args:
+            source: The rank that it is from.
+            step: As in `send`.
+            memory: Contiguous, writable, and as long as what was sent.
+            what: What a late rank did not do.
+
+        Raises:
+            Late: It did not come.
+        """
+        deadline = time.monotonic() + self.timeout_s
+        content = memory.cast("B")
+        while not poll_into(self._coordinator, self._first_tag + step, source, content):
+            if time.monotonic() > deadline:
+                raise Late([source], self.timeout_s, what)
+            yield
+
     def _receive(self, step: int, source: int | None) -> tuple[int, Any] | None:
+        tag = self._first_tag + step
         while True:
-            found = self._coordinator.poll(self._first_tag + step, source)
+            found = self._coordinator.poll(tag, source)
             if found is None:
                 return None
             origin, payload = found
-            # Tags are reused: what is left of an operation that was given up is dropped.
-            number, value = codec.unpack(payload, copy=False)
+            if self._dropped.get((tag, origin)):
+                self._dropped[tag, origin] -= 1
+                continue
+            number, value, parts = codec.unpack(payload, copy=False)
             if number == self.number:
                 return origin, value
+            # Tags are reused: what is left of an operation that was given up is dropped.
+            self._dropped[tag, origin] = parts
 
 
 def _check_same_call(calls: Gathered) -> None:

@@ -115,7 +115,10 @@ def _verify_share(
     files = dict(enumerate(stored_files(manifest)))
     tasks = list(_tasks(files, manifest.block_bytes))[rank::ranks]
     readers: SimpleQueue[BlockReader] = SimpleQueue()
-    made = [BlockReader(store, files, manifest.block_bytes) for _ in range(_THREADS)]
+    made = [BlockReader(store, files, manifest.block_bytes)]
+    made += [
+        BlockReader(store, files, manifest.block_bytes, like=made[0]) for _ in range(_THREADS - 1)
+    ]
     for reader in made:
         readers.put(reader)
 

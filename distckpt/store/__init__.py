@@ -24,6 +24,8 @@ from distckpt.store.base import (
     partial_name,
     partial_of,
     read_object,
+    scatter,
+    scatters,
     wants_aligned,
     writes_at_once,
 )
@@ -42,6 +44,8 @@ __all__ = [
     "partial_name",
     "partial_of",
     "read_object",
+    "scatter",
+    "scatters",
     "wants_aligned",
     "writes_at_once",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
@@ -42,7 +42,8 @@ class Store(Protocol):
     every other failure is a `StoreError`. Not collective; several threads use a store at once.
 
     A store whose long reads are faster, since they are made of several at once, says so by an
-    attribute more, which others need not have: see `parallel_bytes`.
+    attribute more, which others need not have: see `parallel_bytes`. One that fills several buffers
+    as fast as one has a method more: see `scatter`.
     """
 
     @property
@@ -138,6 +139,28 @@ def wants_aligned(sink: Sink) -> bool:
     return bool(getattr(sink, "wants_aligned", False))
 
 
+def scatters(store: Store) -> bool:
+    """Whether a store has a method ``scatter``, so that `scatter` may be called."""
+    return callable(getattr(store, "scatter", None))
+
+
+def scatter(store: Store, name: str, start_byte: int, buffers: Sequence[memoryview]) -> None:
+    """Fill several buffers, of any lengths, from one stretch of an object.
+
+    Args:
+        store: One of which `scatters` is true.
+        name: The object.
+        start_byte: First byte to read.
+        buffers: Writable and contiguous; filled in this order.
+
+    Raises:
+        FileNotFoundError: No such object.
+        EOFError: It ends before the buffers are full.
+        StoreError: The store failed.
+    """
+    store.scatter(name, start_byte, buffers)  # type: ignore[attr-defined]
+
+
 def partial_name(name: str, attempt: str = "") -> str:
     """Return the temporary name under which an object is written, before it has its own.
 
@@ -186,6 +209,15 @@ class PrefixStore:
     def parallel_bytes(self) -> int:
         """As many as the other's; see the function of this name."""
         return parallel_bytes(self._store)
+
+    @property
+    def scatter(self) -> Callable[[str, int, Sequence[memoryview]], None] | None:
+        """The other's, if it has one; see the function of this name."""
+        if not scatters(self._store):
+            return None
+        return lambda name, start_byte, buffers: scatter(
+            self._store, self._prefix + name, start_byte, buffers
+        )
 
     def create(self, name: str, length_bytes: int) -> Sink:
         """See `Store`."""

@@ -35,6 +35,8 @@ _DIRECT_BYTES = 1 << 20  # what is shorter is not worth it
 _DIRECT_WRITES = 2
 _ALIGNMENT = 4096
 
+_BUFFERS_AT_ONCE = 1024  # the system's limit
+
 
 class LocalStore:
     """Objects as files below a directory, durable against power loss.
@@ -96,20 +98,18 @@ class LocalStore:
 
     def read_into(self, name: str, start_byte: int, buffer: memoryview) -> None:
         """See `Store`."""
+        self.scatter(name, start_byte, [buffer])
+
+    def scatter(self, name: str, start_byte: int, buffers: Sequence[memoryview]) -> None:
+        """See the function of this name. One call to the system fills a thousand buffers."""
         path = self._root / name
         with translated(str(path)):
             # Without O_NONBLOCK a pipe, which an archive of a stranger can bring, waits for ever.
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
-                done = 0
-                while done < len(buffer):
-                    count = os.preadv(descriptor, [buffer[done:]], start_byte + done)
-                    if not count:
-                        raise EOFError(
-                            f"{path} ends at byte {start_byte + done}; "
-                            f"bytes {start_byte}:{start_byte + len(buffer)} were asked for"
-                        )
-                    done += count
+                for first in range(0, len(buffers), _BUFFERS_AT_ONCE):
+                    some = buffers[first : first + _BUFFERS_AT_ONCE]
+                    start_byte = _read_all(descriptor, start_byte, some, path)
             finally:
                 os.close(descriptor)
 
@@ -344,6 +344,32 @@ def _sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _read_all(descriptor: int, start_byte: int, buffers: Sequence[memoryview], path: Path) -> int:
+    """Fill buffers; returns the byte after the last one."""
+    stop_byte = start_byte + sum(buffer.nbytes for buffer in buffers)
+    done = start_byte
+    while done < stop_byte:
+        count = os.preadv(descriptor, buffers, done)
+        if not count:
+            raise EOFError(
+                f"{path} ends at byte {done}; bytes {start_byte}:{stop_byte} were asked for"
+            )
+        done += count
+        if done < stop_byte:
+            buffers = _rest(buffers, count)
+    return stop_byte
+
+
+def _rest(buffers: Sequence[memoryview], filled: int) -> list[memoryview]:
+    """Return what is left of buffers of which so many bytes are filled."""
+    left: list[memoryview] = []
+    for buffer in buffers:
+        if filled < buffer.nbytes:
+            left.append(buffer.cast("B")[filled:])
+        filled = max(filled - buffer.nbytes, 0)
+    return left
 
 
 def _write_all(descriptor: int, offset_bytes: int, data: Buffer) -> None:

@@ -1,0 +1,330 @@
+"""Bytes that are read, sent and received where they belong, and those that must be copied."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import split
+
+import distckpt
+from distckpt import FlatShard, LoadFailed, Region, Shard, commit, copies, exchange, prepare, writer
+from distckpt.copies import find_runs
+from distckpt.store import PrefixStore, open_store, scatter, scatters
+from distckpt.testing import MemoryStore, run_ranks
+
+_BLOCK = 4096
+
+
+@pytest.fixture(autouse=True)
+def _small_sizes():
+    """Make small tensors have what large ones have: several blocks, parts and messages."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commit, "BLOCK_BYTES", _BLOCK)
+        patch.setattr(prepare, "Layouts", partial(writer.Layouts, block_bytes=_BLOCK))
+        patch.setattr(copies, "_WORTH_BYTES", 512)
+        patch.setattr(copies, "_LONG_BYTES", 1024)
+        patch.setattr(copies, "_TOGETHER_BYTES", 1500)
+        patch.setattr(copies, "PART_BYTES", 1024)
+        patch.setattr(exchange, "PART_BYTES", 1024)
+        patch.setattr(exchange, "_GAP_BYTES", 200)
+        yield
+
+
+class ScatteringStore(MemoryStore):
+    """Fills several buffers at once, and notes how many, and of how many bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.scattered = []
+
+    def scatter(self, name, start_byte, buffers):
+        self.scattered.append((name, start_byte, [buffer.nbytes for buffer in buffers]))
+        for buffer in buffers:
+            self.read_into(name, start_byte, buffer.cast("B"))
+            start_byte += buffer.nbytes
+
+
+# ------------------------------------------------------------------------------------------- plans
+
+
+@given(st.data())
+def test_a_box_is_a_run_if_its_elements_follow_one_another(data):
+    shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    box = [sorted(data.draw(st.tuples(*[st.integers(0, n)] * 2))) for n in shape]
+    box = [(a, b) if a < b else (0, n) for (a, b), n in zip(box, shape, strict=True)]
+    places = (
+        np.arange(np.prod(shape)).reshape(shape)[tuple(slice(*ends) for ends in box)].reshape(-1)
+    )
+    first, is_run = find_runs(
+        np.array([shape]), np.array([[a for a, _ in box]]), np.array([[b for _, b in box]])
+    )
+    assert first[0] == places[0]
+    assert is_run[0] == (places == places[0] + np.arange(len(places))).all()
+
+
+# ------------------------------------------------------------------------------------------- loads
+
+_DTYPES = ["u1", ">i2", "f4", "f8", ml_dtypes.bfloat16, "c16"]
+
+
+@st.composite
+def memories(draw, shape, dtype):
+    """An array of zeros: of one piece, a view of a larger one, transposed, or in another order."""
+    kind = draw(st.sampled_from(["C", "C", "C", "wide", "F", "swapped", "reversed"]))
+    if kind == "wide":
+        return np.zeros((*shape[:-1], 2 * shape[-1] + 1), dtype)[..., : shape[-1]]
+    if kind == "F":
+        return np.zeros(shape, dtype, "F")
+    if kind == "swapped" and np.dtype(dtype).kind in "fi":
+        return np.zeros(shape, np.dtype(dtype).newbyteorder())
+    return np.zeros(shape, dtype)[:: -1 if kind == "reversed" else 1]
+
+
+@st.composite
+def holdings(draw, shape, dtype, ranks, *, cover):
+    """What each rank has of a tensor: leaves by rank; together all of it, if `cover`."""
+    kind = draw(st.sampled_from(["boxes", "runs", "same"]))
+    if kind == "same":
+        return [draw(memories(shape, dtype)) for _ in range(ranks)]
+    if kind == "runs":
+        size = int(np.prod(shape))
+        cuts = [0, *sorted(draw(st.integers(0, size)) for _ in range(ranks - 1)), size]
+        return [FlatShard(np.zeros(b - a, dtype), a, shape) for a, b in pairwise(cuts)]
+    boxes = split(draw, Region.whole(shape), ranks)
+    boxes += [Region((0,) * len(shape), (0,) * len(shape))] * (ranks - len(boxes))
+    if not cover and draw(st.booleans()):
+        boxes[0] = Region.whole(shape)  # others have parts of it, too
+    return [
+        Shard(
+            draw(memories(box.shape, dtype)) if box.size else np.zeros(box.shape, dtype),
+            box.start,
+            shape,
+        )
+        for box in boxes
+    ]
+
+
+def array_of(leaf):
+    return leaf if isinstance(leaf, np.ndarray) else leaf.array
+
+
+def part_of(whole, leaf):
+    """Return what of a tensor belongs into a leaf."""
+    if isinstance(leaf, FlatShard):
+        return whole.reshape(-1)[leaf.start : leaf.start + len(leaf.array)]
+    return whole[leaf.region.slices] if isinstance(leaf, Shard) else whole
+
+
+@st.composite
+def cases(draw):
+    """Tensors, and who has what of them: saved, and wanted."""
+    saving, loading = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    tensors = []
+    for number in range(draw(st.integers(1, 4))):
+        shape = tuple(draw(st.lists(st.integers(1, 24), min_size=1, max_size=3)))
+        dtype = draw(st.sampled_from(_DTYPES))
+        seed = np.random.default_rng(number).integers(0, 200, shape)
+        tensors.append(
+            (
+                seed.astype(dtype),
+                draw(holdings(shape, dtype, saving, cover=True)),
+                draw(holdings(shape, dtype, loading, cover=False)),
+            )
+        )
+    return saving, loading, tensors
+
+
+def save(store, saving, tensors):
+    def go(comm):
+        state = {}
+        for number, (whole, held, _) in enumerate(tensors):
+            leaf = held[comm.rank]
+            array_of(leaf)[...] = part_of(whole, leaf)
+            state[f"t{number}"] = leaf
+        distckpt.save(store, state, comm=comm)
+
+    run_ranks(saving, go)
+
+
+def load(store, loading, tensors, **options):
+    """Load into zeros; returns a report a rank."""
+
+    def go(comm):
+        net = {f"t{number}": wanted[comm.rank] for number, (_, _, wanted) in enumerate(tensors)}
+        for leaf in net.values():
+            array_of(leaf)[...] = 0
+        return distckpt.load_into(store, net, comm=comm, **options)
+
+    return run_ranks(loading, go)
+
+
+def right(tensors):
+    return all(
+        np.array_equal(array_of(leaf), part_of(whole, leaf))
+        for whole, _, wanted in tensors
+        for leaf in wanted
+    )
+
+
+@given(cases(), st.booleans())
+def test_any_layout_and_any_memory_gets_just_its_bytes(case, verify):
+    saving, loading, tensors = case
+    store = ScatteringStore()
+    save(store, saving, tensors)
+    load(store, loading, tensors, verify=verify)
+    assert right(tensors)
+
+
+@given(cases(), st.integers(0, 1 << 20))
+def test_damage_fails_a_load_and_every_changed_tensor_is_named(case, place):
+    saving, loading, tensors = case
+    store = ScatteringStore()
+    save(store, saving, tensors)
+    names = sorted(name for name in store.objects if name.startswith("shard-"))
+    name = names[place % len(names)]
+    data = bytearray(store.objects[name])
+    data[place % len(data)] ^= 1
+    store.objects[name] = bytes(data)
+    failed = None
+    try:
+        load(store, loading, tensors)
+    except LoadFailed as exc:
+        failed = exc
+    changed = {
+        f"t{number}"
+        for number, (_, _, wanted) in enumerate(tensors)
+        if any(array_of(leaf).any() for leaf in wanted)
+    }
+    if failed is None:
+        assert right(tensors)  # nobody wanted a byte of that block
+    else:
+        assert failed.damaged
+        assert changed <= set(failed.touched)
+    # What is damaged keeps what it held, and all else is there.
+    reports = load(store, loading, tensors, on_corrupt="skip")
+    for number, (whole, _, wanted) in enumerate(tensors):
+        left = whole.copy()
+        for region in reports[0].skipped.get(f"t{number}", []):
+            left[region.slices] = 0
+        for leaf in wanted:
+            found = array_of(leaf)
+            assert ((found == part_of(left, leaf)) | (found == part_of(whole, leaf))).all()
+
+
+@given(st.data())
+def test_a_slice_is_numpys(data):
+    shape = data.draw(st.sampled_from([(3000,), (40, 60), (6, 20, 30)]))
+    whole = np.arange(np.prod(shape), dtype="f4").reshape(shape)
+    store = ScatteringStore()
+    distckpt.save(store, {"w": whole})
+    box = data.draw(st.tuples(*[st.tuples(st.integers(0, n), st.integers(0, n)) for n in shape]))
+    index = tuple(slice(min(ends), max(ends)) for ends in box)
+    assert np.array_equal(distckpt.open(store)["w"][index], whole[index])
+
+
+# ------------------------------------------------------------------------------------ what is read
+
+
+def shards_of(store):
+    return {name: len(data) for name, data in store.objects.items() if name.startswith("shard-")}
+
+
+def test_tensors_that_lie_in_one_stretch_are_filled_by_one_call_a_block():
+    store = ScatteringStore()
+    state = {f"t{number}": np.full(100, number, "f8") for number in range(12)}
+    distckpt.save(store, state)
+    net = {name: np.zeros(100) for name in state}
+    distckpt.load_into(store, net)
+    assert all(np.array_equal(net[name], state[name]) for name in state)
+    data = [found for found in store.scattered if found[1] >= _BLOCK]
+    assert [start for _, start, _ in data] == [_BLOCK, 2 * _BLOCK, 3 * _BLOCK]
+    assert data[0][2] == [800] * 5 + [96]  # the block's end is the sixth tensor's beginning
+    assert data[1][2] == [704] + [800] * 4 + [192]
+
+
+def test_only_wanted_bytes_are_read_where_nothing_is_checked(monkeypatch):
+    monkeypatch.setattr(copies, "_WORTH_BYTES", 1)
+    store = ScatteringStore()
+    state = {f"t{number}": np.full(500, number, "f8") for number in range(8)}
+    distckpt.save(store, state)
+    net = {name: np.zeros(500) for name in ("t1", "t2", "t6")}
+    report = distckpt.load_into(store, net, verify=False)
+    assert all((net[name] == state[name]).all() for name in net)
+    # Across blocks, at whose ends a tensor's memory is cut; the header takes the first.
+    assert [(start - _BLOCK, sizes) for _, start, sizes in store.scattered] == [
+        (4000, [96, 3904, 192, 3808]),
+        (24000, [576, 3424]),
+    ]
+    assert report.bytes_read == 3 * 4000
+
+
+def test_a_block_of_which_little_is_wanted_is_checked_before_anything_changes():
+    store = ScatteringStore()
+    distckpt.save(store, {"small": np.ones(20), "large": np.ones(3000)})
+    (name,) = shards_of(store)
+    data = bytearray(store.objects[name])
+    data[_BLOCK + 10] ^= 1
+    store.objects[name] = bytes(data)
+    net = {"small": np.zeros(20)}
+    with pytest.raises(LoadFailed, match="damaged") as caught:
+        distckpt.load_into(store, net)
+    assert not net["small"].any()
+    assert caught.value.touched == []
+
+
+def test_each_byte_is_read_once_however_many_ranks_want_it():
+    store = ScatteringStore()
+    whole = np.random.default_rng(0).random((100, 100))
+    distckpt.save(store, {"w": whole, "v": whole[0]})
+
+    def go(comm):
+        net = {"w": np.zeros((100, 100)), "v": np.zeros(100)}
+        report = distckpt.load_into(store, net, comm=comm)
+        assert np.array_equal(net["w"], whole)
+        assert np.array_equal(net["v"], whole[0])
+        return report.bytes_read
+
+    read = run_ranks(3, go)
+    assert max(read) <= sum(shards_of(store).values()) + 2 * 100  # a checksum table a rank
+
+
+def test_without_the_method_a_store_is_read_block_by_block():
+    class Plain(MemoryStore):
+        pass
+
+    assert not scatters(Plain())
+    assert not scatters(PrefixStore(Plain(), "x"))
+    assert scatters(PrefixStore(ScatteringStore(), "x"))
+
+
+# ------------------------------------------------------------------------------------------- stores
+
+
+@given(st.lists(st.integers(0, 50), max_size=3000), st.integers(0, 100))
+def test_a_local_file_fills_any_number_of_buffers(tmp_path_factory, sizes, start):
+    folder = tmp_path_factory.mktemp("store")
+    content = np.random.default_rng(1).integers(0, 256, start + sum(sizes), np.uint8).tobytes()
+    (folder / "x").write_bytes(content)
+    buffers = [memoryview(bytearray(size)) for size in sizes]
+    scatter(open_store(folder), "x", start, buffers)
+    assert b"".join(buffers) == content[start:]
+    if sum(sizes):
+        (folder / "x").write_bytes(content[:-1])
+        with pytest.raises(EOFError, match=f"ends at byte {len(content) - 1}"):
+            scatter(open_store(folder), "x", start, buffers)
+    with pytest.raises(FileNotFoundError):
+        scatter(open_store(folder), "y", 0, buffers)
+
+
+def test_a_part_of_a_store_scatters_under_its_prefix():
+    store = ScatteringStore()
+    store.put("step-1/x", bytes(range(10)), replace=True)
+    buffers = [memoryview(bytearray(3)), memoryview(bytearray(2))]
+    scatter(PrefixStore(store, "step-1"), "x", 4, buffers)
+    assert [bytes(buffer) for buffer in buffers] == [bytes([4, 5, 6]), bytes([7, 8])]
