@@ -1,8 +1,8 @@
 """`make bench-scale`: what planning costs from 64 to 16,384 ranks; see docs/scale.md.
 
 Writes ``benchmarks/results/scale.json``, ``scale.md`` and ``scale-*.png``; with ``--quick``, into
-``build/bench-scale``. The limits that a change
-must keep are checked at the end; the exit status says whether they hold.
+``build/bench-scale``. The limits that a change must keep are checked at the end; the exit status
+says whether they hold.
 """
 
 from __future__ import annotations
