@@ -139,6 +139,8 @@ class Collector:
 
 def _in_order(payloads: list[bytes], of_rank: np.ndarray) -> Distinct:
     """Put distinct contents into the order of the first rank that has each."""
+    if len(payloads) == 1:
+        return Distinct(payloads, of_rank)
     found, first = np.unique(of_rank, return_index=True)
     found = found[np.argsort(first)]
     place = np.empty(len(payloads), np.int64)

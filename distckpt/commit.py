@@ -102,7 +102,7 @@ def _commit(save: Save, ranks: dict[int, RankStats]) -> Waiting[Manifest | None]
             for record in save.written
         ],
         "blobs": save.blob_lengths,
-        "checks": (save.checks.check, save.checks.sum),
+        "checks": (save.checks.check, save.checks.sum) if len(save.checks.check) else (),
         "stats": stats.to_plain(save.recorder.stats()),
     }
     result: dict[str, Any] = {"error": None}

@@ -172,17 +172,23 @@ def _compare(
 ) -> None:
     """Compare shapes and dtypes of wanted and saved tensors; the two dicts take what differs."""
     width = held.shape.shape[1]
+    pairs, indices = matching.pairs, manifest.index
+    shapes, ndims, codes = held.shape.tolist(), held.ndim.tolist(), held.dtype.tolist()
+    layouts, saved_codes = manifest.layout.tolist(), manifest.dtype.tolist()
+    saved_shapes = [list(layout.shape) for layout in manifest.layouts]
     for row, name in enumerate(held.names):
-        saved = matching.pairs.get(name)
+        saved = pairs.get(name)
         if saved is None:
             continue
-        index = manifest.index.get(saved)
+        index = indices.get(saved)
         if index is None:
             mismatched[name] = f"wants a tensor, saved is {_kind(manifest, saved)}"
             continue
-        shape = tuple(held.shape[row, width - int(held.ndim[row]) :].tolist())
-        stored_shape = manifest.layout_of(index).shape
-        wanted, stored = dtypes.BY_CODE[int(held.dtype[row])], manifest.dtype_of(index)
+        extents = shapes[row][width - ndims[row] :]
+        if extents == saved_shapes[layouts[index]] and codes[row] == saved_codes[index]:
+            continue
+        shape, stored_shape = tuple(extents), manifest.layout_of(index).shape
+        wanted, stored = dtypes.BY_CODE[codes[row]], manifest.dtype_of(index)
         if shape != stored_shape:
             mismatched[name] = f"wants shape {shape}, saved is {stored_shape} ({saved!r})"
         elif wanted != stored:

@@ -37,7 +37,7 @@ from distckpt.region import Region
 from distckpt.state import FlatState, PerRank
 from distckpt.store import Store
 from distckpt.team import COORDINATOR, Late, Operation, Team
-from distckpt.waiting import Waiting
+from distckpt.waiting import Waiting, no_collections
 
 logger = logging.getLogger(__name__)
 _MOST_LISTED = 20
@@ -155,7 +155,8 @@ def load_into(
     failure: BaseException | None = None
     try:
         store = locate(url, storage_options=storage_options, format=format, options=format_options)
-        wanted = collect(net)
+        with no_collections():
+            wanted = collect(net)
     except Exception as exc:  # noqa: BLE001  a rank that fails still takes part
         failure = exc
     where = store.url if store is not None else str(url)
@@ -170,8 +171,9 @@ def load_into(
         def decide(calls: list[Any]) -> list[Any]:
             return _decide(store, where, manifest, calls, options)
 
-        answer = team.drive(operation.agree(call, decide, f"join the load from {where}"))
-        opened, part = _opened(store, where), _part(answer)
+        with no_collections():
+            answer = team.drive(operation.agree(call, decide, f"join the load from {where}"))
+            opened, part = _opened(store, where), _part(answer)
         report = team.drive(
             _execute(operation, opened, wanted, part, options=options, started=started)
         )

@@ -45,7 +45,7 @@ from distckpt.state import FlatState, Flattened, TensorLeaf, flatten
 from distckpt.stats import Recorder
 from distckpt.store import Store, open_store
 from distckpt.team import COORDINATOR, Gathered, Late, Operation, Team, ToAll
-from distckpt.waiting import Interrupt, Waiting
+from distckpt.waiting import Interrupt, Waiting, no_collections
 from distckpt.writer import FileRecord, Layouts
 
 _CACHED_PLANS = 4
@@ -275,7 +275,7 @@ def prepare(
         CheckpointError: The same on every rank; nothing was written.
     """
     recorder = Recorder()
-    with recorder.phase("plan"):
+    with recorder.phase("plan"), no_collections():
         operation = team.operation(options.timeout_s)
         mine = _Mine(str(url))
         try:
@@ -316,7 +316,7 @@ def prepare(
     try:
         with recorder.phase("check"):
             save.checks = replicas.take_checksums(mine.flat.tensors, known.part, saves=known.saves)
-        with recorder.phase("stage"):
+        with recorder.phase("stage"), no_collections():
             layouts = _layouts(known, mine, rank=team.rank)
             save.images = layouts.images(mine.flat.tensors, mine.blobs)
             if arena is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -138,12 +139,16 @@ class Recorder:
         return RankStats(self.nbytes, tuple(self.phases))
 
 
-def to_plain(stats: RankStats) -> tuple[int, list[tuple[str, float, float]]]:
-    """Take a rank's stats apart into plain values, to be sent to the coordinator."""
-    return stats.nbytes, [(phase.name, phase.start_s, phase.stop_s) for phase in stats.phases]
+def to_plain(stats: RankStats) -> tuple[int, str, bytes]:
+    """Take a rank's stats apart, to be sent to the coordinator: few values, each takes time."""
+    times = [time_s for phase in stats.phases for time_s in (phase.start_s, phase.stop_s)]
+    names = ",".join(phase.name for phase in stats.phases)
+    return stats.nbytes, names, struct.pack(f"<{len(times)}d", *times)
 
 
-def from_plain(plain: tuple[int, Sequence[tuple[str, float, float]]]) -> RankStats:
+def from_plain(plain: tuple[int, str, bytes]) -> RankStats:
     """Make what `to_plain` took apart."""
-    nbytes, phases = plain
-    return RankStats(nbytes, tuple(Phase(*phase) for phase in phases))
+    nbytes, names, times = plain
+    pairs = struct.iter_unpack("<2d", times)
+    found = zip(names.split(","), pairs, strict=True) if names else ()
+    return RankStats(nbytes, tuple(Phase(name, *pair) for name, pair in found))
