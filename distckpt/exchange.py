@@ -30,7 +30,7 @@ from distckpt.waiting import Waiting
 _ROUNDS_AHEAD = 1
 # Where nothing is checked, bytes that nobody wants are read with the rest if they are no more.
 _GAP_BYTES = 16 << 10
-# memoryview is taken in multiples of this, so that it fits again.
+# Memory is taken in multiples of this, so that it fits again.
 _KEPT_BYTES = 1 << 16
 # Types that move elements of a size without looking at them.
 _BITS = {np.dtype(kind).itemsize: np.dtype(kind) for kind in ("u1", "u2", "u4", "u8", "c16")}
@@ -463,7 +463,7 @@ class _Round:
 
 
 class _Pool:
-    """memoryview that is used again: new memory costs more than what is done with it."""
+    """Memory that is used again: new memory costs more than what is done with it."""
 
     def __init__(self) -> None:
         self._free: list[np.ndarray] = []
