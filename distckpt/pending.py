@@ -11,8 +11,9 @@ from distckpt.arena import Arena
 from distckpt.checkpoint import Checkpoint, StorageOptions, Url
 from distckpt.commit import commit, write
 from distckpt.errors import text
-from distckpt.prepare import Options, Save, prepare, unseen_of
+from distckpt.prepare import Options, Save, plan_ahead, prepare, unseen_of
 from distckpt.stats import SaveStats
+from distckpt.store import Store
 from distckpt.team import COORDINATOR, Team
 from distckpt.waiting import (
     Waiting,
@@ -25,7 +26,6 @@ from distckpt.waiting import (
 
 logger = logging.getLogger(__name__)
 _THREAD = "distckpt-save"
-_HEADERS_BYTES = 4 << 20
 
 
 def start_save(
@@ -62,10 +62,22 @@ def start_save(
     return PendingCheckpoint(team, found, on_committed, on_failed)
 
 
-def make_ready(team: Team, size_bytes: int, limit_bytes: int | None) -> None:
-    """Have memory for copies of so many bytes of tensors made ready in the background."""
-    # Headers and tables come on top.
-    size_bytes += size_bytes // 64 + _HEADERS_BYTES
+def make_ready(team: Team, store: Store, state: object, options: Options) -> None:
+    """Collective. Plan the saves of a state, and have memory for copies made in the background.
+
+    Args:
+        team: The ranks.
+        store: Where to.
+        state: This rank's state, or one like it.
+        options: Those of the saves.
+
+    Raises:
+        CheckpointError: As in `prepare`.
+    """
+    size_bytes = plan_ahead(team, store, state, options)
+    limit_bytes = options.staging_bytes
+    # Each file begins on a page.
+    size_bytes += size_bytes // 64
     _arena_of(team).prepare(size_bytes if limit_bytes is None else min(size_bytes, limit_bytes))
 
 

@@ -10,7 +10,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -277,26 +277,9 @@ def prepare(
     recorder = Recorder()
     with recorder.phase("plan"), no_collections():
         operation = team.operation(options.timeout_s)
-        mine = _Mine(str(url))
-        try:
-            mine.look_at(
-                url,
-                state,
-                options,
-                storage_options,
-                memory=team.memory,
-                is_coordinator=team.rank == COORDINATOR,
-            )
-        except Exception as exc:  # noqa: BLE001  a rank that fails still takes part
-            mine.failure = exc
-        try:
-            known, shared = team.drive(_agree(team, operation, mine, options))
-        except Late as late:
-            raise late_error(late, mine.where) from late
-        except CheckpointError as exc:
-            if mine.failure is not None:
-                raise exc from mine.failure
-            raise
+        mine, known, shared = _look_and_agree(
+            team, operation, url, state, options, storage_options=storage_options
+        )
     if mine.store is None:
         raise SaveFailed(f"{mine.where}: this storage is not open")
     save = Save(
@@ -332,6 +315,70 @@ def prepare(
         save.failure = to_plain(exc)
     known.saves += 1
     return save
+
+
+def plan_ahead(team: Team, store: Store, state: object, options: Options) -> int:
+    """Collective. Plan the saves of a state, so that the first finds its plan made.
+
+    Args:
+        team: The ranks.
+        store: Where to; only its name is used.
+        state: This rank's state, or one like it.
+        options: Those of the saves.
+
+    Returns:
+        How many bytes this rank's files will have.
+
+    Raises:
+        CheckpointError: The same on every rank.
+    """
+    with no_collections():
+        # Whether there is a checkpoint already is asked when one is saved.
+        mine, known, _ = _look_and_agree(
+            team,
+            team.operation(options.timeout_s),
+            store,
+            state,
+            replace(options, overwrite=True),
+        )
+        return _layouts(known, mine, rank=team.rank).nbytes
+
+
+def _look_and_agree(
+    team: Team,
+    operation: Operation,
+    url: str | os.PathLike[str] | Store,
+    state: object,
+    options: Options,
+    *,
+    storage_options: Mapping[str, object] | None = None,
+) -> tuple[_Mine, Known, dict[str, Any]]:
+    """Take the state apart and agree on its plan.
+
+    Returns:
+        What is here; the plan; and what the coordinator decided.
+    """
+    mine = _Mine(str(url))
+    try:
+        mine.look_at(
+            url,
+            state,
+            options,
+            storage_options,
+            memory=team.memory,
+            is_coordinator=team.rank == COORDINATOR,
+        )
+    except Exception as exc:  # noqa: BLE001  a rank that fails still takes part
+        mine.failure = exc
+    try:
+        known, shared = team.drive(_agree(team, operation, mine, options))
+    except Late as late:
+        raise late_error(late, mine.where) from late
+    except CheckpointError as exc:
+        if mine.failure is not None:
+            raise exc from mine.failure
+        raise
+    return mine, known, shared
 
 
 def _layouts(known: Known, mine: _Mine, *, rank: int) -> Layouts:

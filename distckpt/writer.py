@@ -98,6 +98,11 @@ class Layouts:
             file: ShardLayout(found, block_bytes) for file, found in sorted(pieces.items())
         }
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(layout.length for layout in self._files.values())
+
     def images(
         self, tensors: Sequence[TensorLeaf], blobs: Mapping[str, bytes]
     ) -> dict[int, ShardImage]:

@@ -221,6 +221,32 @@ def test_a_change_before_the_fence_is_detected_and_named(monkeypatch):
         pending.wait()
 
 
+def test_a_manager_that_was_given_the_state_has_planned_it_and_has_memory_ready(tmp_path):
+    def job(comm):
+        w = np.full((300, 1000), comm.rank, np.float32)
+        state = {"w": distckpt.Shard(w, (300 * comm.rank, 0), (600, 1000)), "b": np.ones(50_000)}
+        with distckpt.Manager(tmp_path / "run", comm=comm, state=state) as manager:
+            team = manager._team
+            (known,) = team.memory["plans"].values()
+            assert known.saves == 0
+            arena = team.memory["arena"]
+            ready = arena.take(known.layouts.nbytes)
+            assert len(ready) >= known.layouts.nbytes
+            arena.give_back(ready)
+            manager.save(1, state).wait()
+            assert list(team.memory["plans"].values()) == [known]
+            assert known.saves == 1
+            assert arena._kept is ready
+
+    run_ranks(2, job)
+    assert distckpt.open(tmp_path / "run" / "step-00000001").verify()
+
+
+def test_a_state_that_can_not_be_planned_is_refused_when_the_manager_is_made(tmp_path):
+    with pytest.raises(distckpt.LayoutError, match="can't be stored"):
+        distckpt.Manager(tmp_path, state={"w": object()})
+
+
 def test_what_does_not_change_passes_the_check():
     state = {"w": np.arange(3000.0)}
     pending = distckpt.save_async(MemoryStore(), state, lazy=True, check_lazy=True)

@@ -7,13 +7,12 @@ import operator
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from distckpt.api import open as open_checkpoint
-from distckpt.api import plan
 from distckpt.checkpoint import Checkpoint, StorageOptions, Url
 from distckpt.errors import CheckpointError, CheckpointNotFound, SaveFailed, text
 from distckpt.events import OnEvent, Teller
@@ -170,8 +169,7 @@ class Manager:
         self._is_stopping = False
         self._is_closed = False
         if state is not None:
-            planned = plan(state, comm=comm, replicas=replicas, timeout_s=timeout_s)
-            make_ready(self._team, planned.rank_bytes[self._team.rank], staging_bytes)
+            make_ready(self._team, self._store, state, self._options())
 
     def __enter__(self) -> Self:
         return self
@@ -192,6 +190,18 @@ class Manager:
 
     def __repr__(self) -> str:
         return f"<Manager {self._store.url!r}>"
+
+    def _options(self) -> Options:
+        """Return what all saves have in common."""
+        return Options(
+            overwrite=True,
+            replicas=self._replicas,
+            lazy=self._lazy,
+            check_lazy=self._check_lazy,
+            staging_bytes=self._staging_bytes,
+            timeout_s=self._timeout_s,
+            on_failure=self._on_failure,
+        )
 
     # --------------------------------------------------------------------------------------- saving
 
@@ -276,17 +286,11 @@ class Manager:
         self._take_over()
         self._make_room(step)
         self._note_metrics(self._keep, metrics or {})
-        options = Options(
-            overwrite=True,
-            replicas=self._replicas,
-            lazy=self._lazy,
-            check_lazy=self._check_lazy,
-            staging_bytes=self._staging_bytes,
+        options = replace(
+            self._options(),
             metadata=metadata,
             metrics=metrics,
             step=step,
-            timeout_s=self._timeout_s,
-            on_failure=self._on_failure,
             guard=partial(self._guard, step),
         )
         place = self._folder.place(step)
