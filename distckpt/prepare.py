@@ -407,7 +407,7 @@ def _agree(
     """
     store, where, values = mine.store, mine.where, mine.values
     plans: dict[bytes, Known] = team.memory.setdefault("plans", {})
-    digest = digest_of(mine.held, options)
+    digest = _digest(team, mine.held, options)
     known = plans.get(digest)
     known = None if known is None or known.stale else known
 
@@ -577,6 +577,15 @@ def late_error(late: Late, where: str, *, committed: bool | None = False) -> Sav
     return SaveFailed(
         f"{where}: {late}", failures=dict.fromkeys(late.ranks, str(late)), committed=committed
     )
+
+
+def _digest(team: Team, held: Holdings, options: Options) -> bytes:
+    """Identify what a plan depends on; what was held at the save before is known already."""
+    before: tuple[Holdings, str, bytes] | None = team.memory.get("digest")
+    planning = options.planning()
+    if before is None or before[0] is not held or before[1] != planning:
+        before = team.memory["digest"] = held, planning, digest_of(held, options)
+    return before[2]
 
 
 def digest_of(held: Holdings, options: Options) -> bytes:

@@ -334,6 +334,9 @@ def _runs(layout: ShardLayout, when: Sequence[int]) -> list[Run]:
     """Cut a file into runs of blocks that are copied at the same time."""
     if not layout.blocks:
         return []
+    kinds = set(when)
+    if len(kinds) == 1:
+        return [Run(range(layout.blocks), kinds.pop())]
     # A block is copied as early as any of its pieces must be; the header, like what can't change.
     kind = np.full(layout.blocks, NEVER)
     for early in (LATER, NOW):
