@@ -57,7 +57,8 @@ def zero1(ranks):
 
 
 def cut_twice(ranks):
-    return fsdp_tp(TINY, fsdp=ranks // 2, tp=2)
+    tp = 1 if ranks % 2 else 2
+    return fsdp_tp(TINY, fsdp=ranks // tp, tp=tp)
 
 
 @pytest.mark.parametrize("layout_of", [zero1, cut_twice])
