@@ -267,7 +267,8 @@ def _table(ended):
     dates = sorted({one.date for one in ended})
     where = (
         f"`make torture` on {' and '.join(dates)}, {os.cpu_count()} cores, Linux "
-        f"{platform.release()}, Python {platform.python_version()}. Two parts run at once."
+        f"{'.'.join(platform.release().split('.')[:2])}, Python {platform.python_version()}. "
+        "Two parts run at once."
     )
     return "\n".join(
         [
