@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -139,7 +140,6 @@ class _Exchange:
         self._blocks, self._into, self._skipped = blocks, into, skipped
         self.failure: CheckpointError | None = None
         self._pool = _Pool()
-        self._gaps = np.empty(work.block_bytes, np.uint8)
         self._mine = work.reader == operation.rank
         self._own = work.consumer == operation.rank
         # Where this rank's own bytes go in one stretch.
@@ -173,6 +173,11 @@ class _Exchange:
         for row, boxes in work.boxes_of(np.flatnonzero(boxed & parted), PART_BYTES).items():
             for box in boxes:
                 self._boxes_of_part.setdefault((row, box.place // PART_BYTES), []).append(box)
+
+    @cached_property
+    def _gaps(self) -> np.ndarray:
+        """Memory for what lies between the rows of a block, at its place there."""
+        return np.empty(self._work.block_bytes, np.uint8)
 
     def run(self) -> Waiting[None]:
         """Do all rounds."""

@@ -18,6 +18,10 @@ from distckpt import failures
 from distckpt.store import open_store
 from distckpt.testing import MemoryStore
 
+# A shell that starts the tests in the background has them ignore Ctrl-C, and what they start, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 pytest.register_assert_rewrite("store_contract")
 _MPI = Path(__file__).parent / "mpi"
 
