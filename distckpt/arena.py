@@ -32,8 +32,12 @@ class Arena:
         """Bytes that were taken, and not given back yet."""
         return self._out_bytes
 
-    def take(self, size_bytes: int) -> np.ndarray:
+    def take(self, size_bytes: int, most_bytes: int | None = None) -> np.ndarray:
         """Take a buffer of at least so many bytes.
+
+        Args:
+            size_bytes: How many are needed.
+            most_bytes: How many may be taken, since others are waited for; None: any number.
 
         Returns:
             A one-dimensional uint8 array, aligned to `ALIGNMENT`, perhaps longer; its contents are
@@ -45,7 +49,8 @@ class Arena:
         with self._changed:
             kept, self._kept = self._kept, None
             # What does not fit today will not fit tomorrow: a state seldom shrinks.
-            if kept is None or len(kept) < size_bytes:
+            too_long = kept is not None and most_bytes is not None and len(kept) > most_bytes
+            if kept is None or len(kept) < size_bytes or too_long:
                 kept = allocate(size_bytes)
             self._out_bytes += len(kept)
             return kept

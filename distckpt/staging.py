@@ -154,7 +154,10 @@ class Staging:
         else:
             return
         self._later = LATER in kinds
-        self._take([(file, run) for file, run in self._all() if run.when in kinds])
+        streams = rest or not self._later
+        # A longer one that is kept would leave nothing for the chunk, which would be waited for.
+        most = None if left is None else left - (chunk if streams else 0)
+        self._take([(file, run) for file, run in self._all() if run.when in kinds], most)
         self._copy(NOW)
         self._now_copied.set()
         if not later:
@@ -237,11 +240,11 @@ class Staging:
             size += 4 * layout.blocks
         return -(-size // ALIGNMENT) * ALIGNMENT
 
-    def _take(self, runs: Sequence[tuple[int, Run]]) -> None:
+    def _take(self, runs: Sequence[tuple[int, Run]], most_bytes: int | None) -> None:
         sizes = [self._size(file, run) for file, run in runs]
         if not sizes:
             return
-        self._memory = self._arena.take(sum(sizes))
+        self._memory = self._arena.take(sum(sizes), most_bytes)
         at = 0
         for (_, run), size in zip(runs, sizes, strict=True):
             run.memory = self._memory[at : at + size]

@@ -164,6 +164,28 @@ def test_memory_is_never_more_than_allowed():
     stage.release()
 
 
+def test_a_kept_buffer_as_long_as_the_limit_leaves_memory_for_what_streams():
+    """As after a larger save, or where a Manager has made all of the memory ready."""
+    arrays = [np.full(3 * BLOCK, 1, np.uint8), np.full(20 * BLOCK, 2, np.uint8)]
+    image, arena = image_of(arrays), Arena()
+    limit = 12 * BLOCK
+    arena.give_back(arena.take(limit))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staging, "_CHUNK_BYTES", 2 * BLOCK)
+        stage = Staging(arena, {0: image}, {0: [NOW, LATER]}, limit_bytes=limit)
+        stage.begin()
+        written = bytearray()
+        writing = threading.Thread(
+            target=lambda: [written.extend(part.data.tobytes()) for part in stage.chunks(0)],
+            daemon=True,
+        )
+        writing.start()
+        writing.join(20)
+    assert not writing.is_alive()
+    assert bytes(written) == content(image)
+    stage.release()
+
+
 # ------------------------------------------------------------------------------------- a whole save
 
 
