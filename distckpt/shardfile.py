@@ -174,10 +174,6 @@ class ShardImage:
             )
         ]
 
-    def array(self, piece: int) -> Array:
-        """Return the array that holds a piece."""
-        return self._sources[piece][0]
-
     def fill_checked(
         self, buffer: np.ndarray, start_byte: int, stop_byte: int, *, piece_bytes: int
     ) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import distckpt
-from benchmarks.suite import floors, jobs, machine, ours, report, run, states
+from benchmarks.suite import floors, jobs, machine, ours, plots, report, run, states
 from benchmarks.suite.memory import peak_extra_bytes
 from benchmarks.suite.rows import PEERS, ROWS, Measured
 from benchmarks.suite.turns import Ranks, Spread, fastest, ratios, take_turns
@@ -149,7 +149,6 @@ def test_the_table_shows_each_limit_and_what_does_not_meet_it():
 
 
 def test_pictures_are_drawn_of_what_there_is(tmp_path):
-    plots = pytest.importorskip("benchmarks.suite.plots")
     rows = [
         measured("save", [0.9, 0.8, 1.0]),
         measured("slowdown", [-0.5, 0.1, 0.2]),
