@@ -82,7 +82,7 @@ class Failing:
 class Nowhere:
     """Memory for staging that there is none of."""
 
-    def take(self, size_bytes):
+    def take(self, size_bytes, most_bytes=None):
         raise MemoryError("no room to stage")
 
     def give_back(self, buffer):
