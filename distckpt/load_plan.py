@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -48,19 +48,56 @@ class LoadOptions:
         if self.on_corrupt not in get_args(OnCorrupt):
             raise ValueError(f"on_corrupt={self.on_corrupt!r}: expected 'raise' or 'skip'")
 
+    def planning(self) -> tuple[object, ...] | None:
+        """The options that a plan depends on; None if a callable decides, since it may differ."""
+        if self.select is not None or callable(self.rename):
+            return None
+        rename = None if self.rename is None else dict(self.rename)
+        prefixes = [
+            (found,) if isinstance(found, str) else tuple(found)
+            for found in (self.filter_prefix, self.only_prefix)
+        ]
+        return (self.strict, self.cast, *prefixes, rename)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """What a load does; of checkpoints that are alike, nets that are alike are loaded by one plan.
+
+    Attributes:
+        shares: Each rank's part, plain.
+        report: What all ranks report, plain.
+        files: For each rank, the numbers of the files that it reads.
+        values: For each rank, the plain values that it wants: wanted → saved name.
+    """
+
+    shares: Sequence[dict[str, Any]]
+    report: dict[str, Any]
+    files: Sequence[list[int]]
+    values: Sequence[dict[str, str]]
+
+    def without_shares(self) -> LoadPlan:
+        """Return it to be remembered: of thousands of ranks, the shares need much memory."""
+        return replace(self, shares=())
+
+    def current(self, manifest: Manifest, rank: int) -> dict[str, Any]:
+        """Return what a rank needs to know of this checkpoint, plain."""
+        return {
+            "files": [(number, *_stored_file(manifest, number)) for number in self.files[rank]],
+            "values": {name: manifest.values[saved] for name, saved in self.values[rank].items()},
+            "save_id": manifest.save_id,
+        }
+
 
 def plan_load(
     manifest: Manifest, calls: Sequence[Mapping[str, Any]], options: LoadOptions
-) -> list[dict[str, Any]]:
+) -> LoadPlan:
     """Match, check, and decide who reads what.
 
     Args:
         manifest: The checkpoint's.
         calls: What each rank wants, by rank.
         options: The coordinator's.
-
-    Returns:
-        One answer a rank, plain.
 
     Raises:
         MatchError: Names, shapes, dtypes and kinds that do not fit, all at once.
@@ -120,36 +157,35 @@ def plan_load(
 
     firsts, seconds = read(is_blob | narrow_row), read(~is_blob)
     first_rows, second_rows = firsts.by_rank(ranks), seconds.by_rank(ranks)
-    answers = []
-    for rank, call in enumerate(calls):
+    shares, files = [], []
+    for rank in range(ranks):
         first, second = firsts.take(first_rows[rank]), seconds.take(second_rows[rank])
         used = np.union1d(first.file[first.reader == rank], second.file[second.reader == rank])
-        answers.append(
+        files.append(used.tolist())
+        shares.append(
             {
                 "keep": targets[rank].keep,
                 "first": fragments_to_plain(first),
                 "second": fragments_to_plain(second),
-                "files": [(number, *_stored_file(manifest, number)) for number in used.tolist()],
                 "block_bytes": manifest.block_bytes,
-                "values": {
-                    name: manifest.values[matching.pairs[name]]
-                    for name in call["values"]
-                    if name in matching.pairs
-                },
                 "blobs": blobs[rank],
                 "looks": len(firsts.reader) > 0 or any(blobs),
                 "same_ranks": manifest.ranks == ranks,
-                "save_id": manifest.save_id,
-                "report": {
-                    "loaded": matching.pairs,
-                    "missing": matching.missing,
-                    "unexpected": matching.unexpected,
-                    "by_suffix": matching.by_suffix,
-                    "cast": cast,
-                },
             }
         )
-    return answers
+    pairs = matching.pairs
+    return LoadPlan(
+        shares,
+        {
+            "loaded": pairs,
+            "missing": matching.missing,
+            "unexpected": matching.unexpected,
+            "by_suffix": matching.by_suffix,
+            "cast": cast,
+        },
+        files,
+        [{name: pairs[name] for name in call["values"] if name in pairs} for call in calls],
+    )
 
 
 def _stored_file(manifest: Manifest, number: int) -> tuple[str, int, bytes]:

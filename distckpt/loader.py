@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from distckpt import codec, dtypes
-from distckpt.copies import Places, Work
+from distckpt.copies import Places
 from distckpt.errors import (
     CheckpointError,
     IncompleteCheckpoint,
@@ -28,13 +29,13 @@ from distckpt.errors import (
 )
 from distckpt.exchange import Skipped, exchange
 from distckpt.formats import locate
-from distckpt.load_plan import LoadOptions, plan_load
+from distckpt.load_plan import LoadOptions
 from distckpt.manifest import Manifest
-from distckpt.net import Destination, Filling, Target, Wanted, collect
-from distckpt.plan import fragments_from_plain, holdings_to_plain
-from distckpt.reader import BlockReader, StoredFile, read_manifest, why_gone
+from distckpt.net import Filling, Wanted
+from distckpt.prepare_load import NOTHING, LoadMemory, Part, Share, agree
+from distckpt.reader import BlockReader, read_manifest, why_gone
 from distckpt.region import Region
-from distckpt.state import FlatState, PerRank
+from distckpt.state import PerRank, TensorLeaf
 from distckpt.store import Store
 from distckpt.team import COORDINATOR, Late, Operation, Team
 from distckpt.waiting import Waiting, no_collections
@@ -102,23 +103,6 @@ class LoadReport:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """What the coordinator tells one rank."""
-
-    keep: np.ndarray  # (targets,) the stored dtype's code, or 0 for what is not loaded
-    first: Work  # what is looked at before the net may change: per-rank values, narrowing casts
-    second: Work  # all tensors
-    files: dict[int, StoredFile]
-    block_bytes: int
-    values: dict[str, Any]
-    blobs: list[tuple[str, int]]  # (wanted name, length); their keys follow the targets'
-    looks: bool  # whether any rank looks at anything before its net may change
-    same_ranks: bool  # as many as saved, so that each gets its own per-rank values back
-    save_id: int
-    report: dict[str, Any]
-
-
 def load_into(
     team: Team,
     url: str | os.PathLike[str] | Store,
@@ -150,30 +134,29 @@ def load_into(
     """
     started = time.monotonic()
     operation = team.operation(options.timeout_s)
-    wanted = Wanted([], {}, {}, FlatState([], {}, {}))
+    wanted = NOTHING
     store: Store | None = None
     failure: BaseException | None = None
     try:
         store = locate(url, storage_options=storage_options, format=format, options=format_options)
         with no_collections():
-            wanted = collect(net)
+            wanted = Wanted(*LoadMemory.of(team).seen.take_apart(net, replaces=True))
     except Exception as exc:  # noqa: BLE001  a rank that fails still takes part
         failure = exc
     where = store.url if store is not None else str(url)
     try:
-        call = {
-            "call": f"load_into from {where!r} (strict={options.strict}, cast={options.cast}, "
-            f"verify={options.verify}, on_corrupt={options.on_corrupt!r})",
-            "error": None if failure is None else to_plain(failure),
-            **_describe(wanted, options),
-        }
-
-        def decide(calls: list[Any]) -> list[Any]:
-            return _decide(store, where, manifest, calls, options)
-
         with no_collections():
-            answer = team.drive(operation.agree(call, decide, f"join the load from {where}"))
-            opened, part = _opened(store, where), _part(answer)
+            agreeing = agree(
+                team,
+                operation,
+                where,
+                wanted,
+                options,
+                failure=failure,
+                manifest=lambda: manifest(_opened(store, where)),
+            )
+            operation, part = team.drive(agreeing)
+            opened = _opened(store, where)
         report = team.drive(
             _execute(operation, opened, wanted, part, options=options, started=started)
         )
@@ -192,38 +175,6 @@ def load_into(
     return report
 
 
-def _describe(wanted: Wanted, options: LoadOptions) -> dict[str, object]:
-    """Say what this rank wants, plainly."""
-    return {
-        "tensors": holdings_to_plain(wanted.held),
-        "values": list(wanted.values),
-        "per_rank": list(wanted.per_rank),
-        "resolves": options.per_rank is not None,
-    }
-
-
-def _decide(
-    store: Store | None,
-    where: str,
-    manifest: Callable[[Store], Manifest],
-    calls: list[Any],
-    options: LoadOptions,
-) -> list[dict[str, Any]]:
-    """At the coordinator: plan the load, if every rank is ready."""
-    raise_together(
-        {rank: found["error"] for rank, found in enumerate(calls) if found["error"]},
-        where,
-        LoadFailed,
-        "load",
-        own_kind=True,
-    )
-    found = manifest(_opened(store, where))
-    try:
-        return plan_load(found, calls, options)
-    except MatchError as exc:
-        raise from_plain({**to_plain(exc), "message": f"{where}: {exc}"}) from exc
-
-
 def _opened(store: Store | None, where: str) -> Store:
     """Return the store; where it could not be opened, the ranks have not come this far."""
     if store is None:
@@ -231,60 +182,42 @@ def _opened(store: Store | None, where: str) -> Store:
     return store
 
 
-def _part(answer: Mapping[str, Any]) -> _Part:
-    return _Part(
-        answer["keep"],
-        Work(fragments_from_plain(answer["first"]), answer["block_bytes"]),
-        Work(fragments_from_plain(answer["second"]), answer["block_bytes"]),
-        {number: StoredFile(*found) for number, *found in answer["files"]},
-        answer["block_bytes"],
-        answer["values"],
-        answer["blobs"],
-        answer["looks"],
-        answer["same_ranks"],
-        answer["save_id"],
-        answer["report"],
-    )
-
-
 def _execute(
     operation: Operation,
     store: Store,
     wanted: Wanted,
-    part: _Part,
+    part: Part,
     *,
     options: LoadOptions,
     started: float,
 ) -> Waiting[LoadReport]:
-    blocks = BlockReader(store, part.files, part.block_bytes, verify=options.verify)
+    share = part.share
+    blocks = BlockReader(store, part.files, share.block_bytes, verify=options.verify)
     if options.progress is not None:
-        total = blocks.bytes_to_read([part.first, part.second], operation.rank)
+        total = blocks.bytes_to_read([share.first, share.second], operation.rank)
         blocks.on_read = partial(_advance, options.progress, total)
     skipped = Skipped() if options.on_corrupt == "skip" else None
-    targets = wanted.targets
-    buffers = [np.empty(length, np.uint8) for _, length in part.blobs]
-    looking, filling = _Looking(targets, part.keep, buffers), Filling(wanted, part.keep)
+    buffers = [np.empty(length, np.uint8) for _, length in share.blobs]
+    looking, filling = _Looking(wanted, share.keep, buffers), Filling(wanted, share.keep)
     settle = _Settle(operation, store, part.save_id)
-    failure = yield from exchange(operation, 2, part.first, blocks, looking, skipped=skipped)
+    failure = yield from exchange(operation, 2, share.first, blocks, looking, skipped=skipped)
     per_rank: dict[str, object] = {}
     if failure is None:
         try:
-            _refuse_loss(looking.lost, wanted.destinations)
-            read = _read_blobs(part, buffers, _lacking(part, skipped, len(targets)))
-            per_rank = _resolve(part, read, operation.rank, operation.size, options)
+            _refuse_loss(looking.lost, wanted.tensors)
+            read = _read_blobs(share, buffers, _lacking(share, skipped))
+            per_rank = _resolve(share, read, operation.rank, operation.size, options)
         except Exception as exc:  # noqa: BLE001
             failure = exc if isinstance(exc, CheckpointError) else CheckpointError(text(exc))
     # Until here no byte of any net has changed; beyond, only damage found while reading can leave
     # it partly changed.
-    if part.looks:
+    if share.looks:
         yield from settle(4, failure)
-    failure = yield from exchange(operation, 2, part.second, blocks, filling, skipped=skipped)
-    touched = dict.fromkeys(
-        targets[key].destination.tensor.name for key in np.flatnonzero(filling.touched).tolist()
-    )
+    failure = yield from exchange(operation, 2, share.second, blocks, filling, skipped=skipped)
+    touched = dict.fromkeys(filling.names)
     if failure is None:
         try:
-            _finish(wanted, part)
+            _finish(wanted, share)
             for name, value in per_rank.items():
                 touched[name] = None
                 wanted.per_rank[name].replace(PerRank(value))
@@ -294,10 +227,10 @@ def _execute(
         except Exception as exc:  # noqa: BLE001  a net's own assign() may raise anything
             failure = CheckpointError(text(exc))
     told = yield from settle(
-        6, failure, touched, blocks.bytes_read, _skipped_plain(targets, part, skipped)
+        6, failure, touched, blocks.bytes_read, _skipped_plain(wanted, share, skipped)
     )
     return LoadReport(
-        **part.report,
+        **{name: copy.copy(found) for name, found in share.report.items()},
         skipped={
             name: [Region(tuple(start), tuple(stop)) for start, stop in boxes]
             for name, boxes in told["skipped"].items()
@@ -314,13 +247,13 @@ class _Looking:
     """Takes what must be looked at before the net may change.
 
     Attributes:
-        targets: What the net wants; the keys of the per-rank values follow theirs.
-        keep: As in `_Part`.
+        wanted: What the net wants; the keys of the per-rank values follow its boxes'.
+        keep: As in `Share`.
         buffers: Take the per-rank values.
         lost: Name → how many values its dtype can't hold.
     """
 
-    targets: Sequence[Target]
+    wanted: Wanted
     keep: np.ndarray
     buffers: Sequence[np.ndarray]
     lost: dict[str, int] = field(default_factory=dict)
@@ -332,7 +265,7 @@ class _Looking:
 
     def dtype(self, key: int) -> np.dtype:
         """See `Landing`."""
-        if key >= len(self.targets):
+        if key >= len(self.keep):
             return np.dtype(np.uint8)
         return dtypes.BY_CODE[int(self.keep[key])].numpy
 
@@ -342,11 +275,11 @@ class _Looking:
 
     def put(self, key: int, start: tuple[int, ...], values: np.ndarray) -> None:
         """See `Landing`."""
-        if key >= len(self.targets):
+        if key >= len(self.keep):
             first = start[-1]
-            self.buffers[key - len(self.targets)][first : first + values.size] = values.reshape(-1)
+            self.buffers[key - len(self.keep)][first : first + values.size] = values.reshape(-1)
             return
-        tensor = self.targets[key].destination.tensor
+        tensor = self.wanted.targets[key].destination.tensor
         count = dtypes.count_lost(values, tensor.dtype)
         if count:
             self.lost[tensor.name] = self.lost.get(tensor.name, 0) + count
@@ -440,24 +373,23 @@ def _united(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _lacking(part: _Part, skipped: Skipped | None, targets: int) -> set[str]:
+def _lacking(share: Share, skipped: Skipped | None) -> set[str]:
     """Name the per-rank values that could not be read."""
     regions = [] if skipped is None else skipped.regions
-    return {part.blobs[key - targets][0] for key, _ in regions if key >= targets}
+    targets = len(share.keep)
+    return {share.blobs[key - targets][0] for key, _ in regions if key >= targets}
 
 
-def _skipped_plain(
-    targets: Sequence[Target], part: _Part, skipped: Skipped | None
-) -> dict[str, Any] | None:
+def _skipped_plain(wanted: Wanted, share: Share, skipped: Skipped | None) -> dict[str, Any] | None:
     """Say plainly what this rank had to skip."""
     if skipped is None:
         return None
     regions: dict[str, list[tuple[Any, Any]]] = {
-        name: [] for name in sorted(_lacking(part, skipped, len(targets)))
+        name: [] for name in sorted(_lacking(share, skipped))
     }
     for key, region in skipped.regions:
-        if key < len(targets):
-            target = targets[key]
+        if key < len(share.keep):
+            target = wanted.targets[key]
             pad = len(region.start) - len(target.region.start)
             box = (region.start[pad:], region.stop[pad:])
             regions.setdefault(target.destination.tensor.name, []).append(box)
@@ -468,9 +400,9 @@ def _advance(progress: Callable[[int, int], None], total: int, done: int) -> Non
     progress(min(done, total), total)
 
 
-def _refuse_loss(lost: Mapping[str, int], destinations: Sequence[Destination]) -> None:
+def _refuse_loss(lost: Mapping[str, int], tensors: Sequence[TensorLeaf]) -> None:
     if lost:
-        kinds = {d.tensor.name: d.tensor.dtype.name for d in destinations}
+        kinds = {tensor.name: tensor.dtype.name for tensor in tensors}
         lines = [
             f"{name!r}: {count} values do not fit into {kinds[name]}"
             for name, count in lost.items()
@@ -488,30 +420,31 @@ def _refuse_loss(lost: Mapping[str, int], destinations: Sequence[Destination]) -
 
 
 def _read_blobs(
-    part: _Part, buffers: Sequence[np.ndarray], lacking: set[str]
+    share: Share, buffers: Sequence[np.ndarray], lacking: set[str]
 ) -> dict[str, list[Any]]:
     """Decode the per-rank values that this rank has read: wanted name → one, or every rank's."""
     found: dict[str, list[Any]] = {}
-    for (name, length), buffer in zip(part.blobs, buffers, strict=True):
+    for (name, length), buffer in zip(share.blobs, buffers, strict=True):
         if name not in lacking:
             found.setdefault(name, []).append(codec.unpack(buffer.data) if length else None)
     return found
 
 
 def _resolve(
-    part: _Part, found: Mapping[str, list[Any]], rank: int, size: int, options: LoadOptions
+    share: Share, found: Mapping[str, list[Any]], rank: int, size: int, options: LoadOptions
 ) -> dict[str, object]:
     """Take the per-rank values; where the number of ranks changed, let the caller decide."""
-    if part.same_ranks:
+    if share.same_ranks:
         return {name: values[0] for name, values in found.items()}
     if options.per_rank is None:
         return {}
     return {name: options.per_rank(values, rank, size) for name, values in found.items()}
 
 
-def _finish(wanted: Wanted, part: _Part) -> None:
+def _finish(wanted: Wanted, share: Share) -> None:
     """Put tensors without elements in place: no byte arrives for them."""
-    for destination in wanted.destinations:
-        loaded = destination.tensor.name in part.report["loaded"]
-        if loaded and destination.tensor.array.size == 0 and not destination.in_place:
+    held = wanted.held
+    for item in np.flatnonzero(held.first == held.last).tolist():
+        destination = wanted.destinations[item]
+        if held.names[item] in share.report["loaded"] and not destination.in_place:
             destination.finish()

@@ -111,6 +111,24 @@ class Manifest:
         """Tensor name → its index."""
         return {name: index for index, name in enumerate(self.names)}
 
+    def is_like(self, other: Manifest) -> bool:
+        """Whether another's tensors and values are the same, and in the same places.
+
+        False, too, where their names and layouts were decoded apart.
+        """
+        return (
+            self.names is other.names
+            and self.layouts is other.layouts
+            and (self.ranks, self.block_bytes) == (other.ranks, other.block_bytes)
+            and all(
+                np.array_equal(getattr(self, name), getattr(other, name))
+                for name in ("dtype", "layout", "file_length", "file_data_start", "per_rank_file")
+            )
+            and list(self.values) == list(other.values)
+            and list(self.per_rank) == list(other.per_rank)
+            and all(map(np.array_equal, self.per_rank.values(), other.per_rank.values()))
+        )
+
     @property
     def all_names(self) -> list[str]:
         """Names of tensors, values and per-rank values."""

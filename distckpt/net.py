@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import EllipsisType
+from typing import Any
 
 import numpy as np
 
 from distckpt import dtypes
 from distckpt.copies import Places
-from distckpt.plan import Holdings, describe
+from distckpt.plan import Holdings, Seen
 from distckpt.region import Region
-from distckpt.state import FlatState, Leaf, TensorLeaf, flatten, runs_boxes
+from distckpt.state import FlatState, Leaf, TensorLeaf, runs_boxes
 
 
 @dataclass(slots=True)
@@ -70,17 +71,6 @@ class Destination:
         array = self.tensor.array
         return isinstance(array, np.ndarray) and array.flags.writeable and self.tensor.leaf.filled
 
-    @property
-    def is_filled(self) -> bool:
-        """Whether its memory takes bytes as they are in a file: in C order, little-endian."""
-        array = self.tensor.array
-        return (
-            isinstance(array, np.ndarray)
-            and array.flags.carray
-            and (array.dtype is self.tensor.dtype.numpy or array.dtype == self.tensor.dtype.numpy)
-            and self.tensor.leaf.filled
-        )
-
     def memory(self) -> np.ndarray:
         """Return the array to fill."""
         array = self.tensor.array
@@ -109,30 +99,54 @@ class Wanted:
     """What a net wants, by kind.
 
     Attributes:
-        destinations: The tensors.
-        values: Plain values by name.
-        per_rank: Per-rank values by name.
-        flat: What it was made of.
+        flat: The net, taken apart.
+        held: Its tensors in columns.
     """
 
-    destinations: list[Destination]
-    values: dict[str, Leaf]
-    per_rank: dict[str, Leaf]
     flat: FlatState
+    held: Holdings
+
+    @property
+    def tensors(self) -> list[TensorLeaf]:
+        """The tensors, and pieces of some."""
+        return self.flat.tensors
+
+    @property
+    def values(self) -> dict[str, Leaf]:
+        """Plain values by name."""
+        return self.flat.values
+
+    @property
+    def per_rank(self) -> dict[str, Leaf]:
+        """Per-rank values by name."""
+        return self.flat.per_rank
 
     @property
     def names(self) -> list[str]:
         """All names, tensors first."""
-        return [*(d.tensor.name for d in self.destinations), *self.values, *self.per_rank]
+        return [*self.held.names, *self.values, *self.per_rank]
 
     @cached_property
-    def held(self) -> Holdings:
-        """The tensors in columns."""
-        return describe([destination.tensor for destination in self.destinations])
+    def boxes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The boxes that the tensors are made of; the place of each is its key.
+
+        Returns:
+            (keys,) the number of its tensor; (keys, width) its start and stop.
+        """
+        counts, start, stop = self.held.boxes()
+        return np.repeat(np.arange(len(counts)), counts), start, stop
+
+    @cached_property
+    def destinations(self) -> list[Destination]:
+        """What is put in place piece by piece."""
+        destinations = [Destination(tensor) for tensor in self.tensors]
+        for destination in destinations:
+            destination.targets = _targets(destination)
+        return destinations
 
     @cached_property
     def targets(self) -> list[Target]:
-        """The boxes of all tensors; the place of each is its key."""
+        """The boxes of all tensors, by key."""
         return [target for destination in self.destinations for target in destination.targets]
 
 
@@ -141,32 +155,42 @@ class Filling:
 
     Args:
         wanted: What the net wants.
-        stored: (targets,) the code of the dtype in which each target is stored; 0 for none.
+        stored: (keys,) the code of the dtype in which each box is stored; 0 for none.
 
     Attributes:
-        places: Which targets' bytes may be put where they belong as they are in the file.
-        touched: (targets,) whether any byte of each may have changed.
+        places: Which boxes' bytes may be put where they belong as they are in the file.
+        touched: (keys,) whether any byte of each may have changed.
     """
 
     def __init__(self, wanted: Wanted, stored: np.ndarray) -> None:
-        self._targets = wanted.targets
+        self._wanted = wanted
         self._stored = stored
         self.touched = np.zeros(len(stored), bool)
-        _, start, stop = wanted.held.boxes()
-        codes = stored.tolist()
-        # Where each target's bytes go as they are: its array, and the first byte there.
-        self._arrays: dict[int, np.ndarray] = {}
-        first = np.full(len(codes), -1)
-        for key, (target, code) in enumerate(zip(self._targets, codes, strict=True)):
-            array = target.destination.tensor.array
-            if code == target.destination.tensor.dtype.code and target.destination.is_filled:
-                self._arrays[key] = array  # type: ignore[assignment]
-                first[key] = target.first * array.dtype.itemsize
-        # What Python can hand out as it is.
-        self._length = np.full(len(codes), -1)
-        known = [key for key, array in self._arrays.items() if array.dtype.isbuiltin == 1]
-        self._length[known] = [self._arrays[key].nbytes for key in known]
+        self._item, start, stop = wanted.boxes
+        tensors = wanted.tensors
+        self._arrays: list[Any] = [tensor.array for tensor in tensors]
+        codes = wanted.held.dtype
+        as_stored = stored == codes[self._item]
+        first = np.full(len(stored), -1)
+        self._length = np.full(len(tensors), -1)
+        if as_stored.any():
+            filled = np.array([_is_filled(tensor) for tensor in tensors], bool)
+            # What Python can hand out as it is.
+            places = np.flatnonzero(filled).tolist()
+            known = [i for i in places if self._arrays[i].dtype.isbuiltin == 1]
+            self._length[known] = [self._arrays[i].nbytes for i in known]
+            size = (stop - start).prod(axis=1)
+            before = np.cumsum(size) - size
+            firsts = np.searchsorted(self._item, self._item)
+            within = (before - before[firsts]) * dtypes.itemsizes(codes)[self._item]
+            first = np.where(as_stored & filled[self._item], within, -1)
         self.places: Places | None = Places(start, stop, first)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors of which any byte may have changed."""
+        names = self._wanted.held.names
+        return [names[item] for item in np.unique(self._item[self.touched]).tolist()]
 
     def dtype(self, key: int) -> np.dtype:
         """See `Landing`."""
@@ -175,23 +199,34 @@ class Filling:
     def memories(self, key: np.ndarray, start: np.ndarray, stop: np.ndarray) -> list[memoryview]:
         """See `Landing`."""
         self.touched[key] = True
-        arrays = self._arrays
-        is_whole = (start == 0) & (stop == self._length[key])
+        arrays, item = self._arrays, self._item[key]
+        is_whole = (start == 0) & (stop == self._length[item])
         return [
             arrays[number].data if whole else _bytes(arrays[number], first, last)
             for number, first, last, whole in zip(
-                key.tolist(), start.tolist(), stop.tolist(), is_whole.tolist(), strict=True
+                item.tolist(), start.tolist(), stop.tolist(), is_whole.tolist(), strict=True
             )
         ]
 
     def put(self, key: int, start: tuple[int, ...], values: np.ndarray) -> None:
         """See `Landing`."""
         self.touched[key] = True
-        target = self._targets[key]
+        target = self._wanted.targets[key]
         pad = len(start) - len(target.region.start)
         shape = values.shape[pad:]
         stop = tuple(a + n for a, n in zip(start[pad:], shape, strict=True))
         target.put(Region(start[pad:], stop), values.reshape(shape))
+
+
+def _is_filled(tensor: TensorLeaf) -> bool:
+    """Whether its memory takes bytes as they are in a file: in C order, little-endian."""
+    array = tensor.array
+    return (
+        isinstance(array, np.ndarray)
+        and array.flags.carray
+        and (array.dtype is tensor.dtype.numpy or array.dtype == tensor.dtype.numpy)
+        and tensor.leaf.filled
+    )
 
 
 def _bytes(array: np.ndarray, start_byte: int, stop_byte: int) -> memoryview:
@@ -199,16 +234,12 @@ def _bytes(array: np.ndarray, start_byte: int, stop_byte: int) -> memoryview:
 
 
 def collect(net: object) -> Wanted:
-    """Take a net apart.
+    """Take a net apart, once.
 
     Raises:
         LayoutError: A leaf that nothing can be loaded into.
     """
-    flat = flatten(net)
-    destinations = [Destination(tensor) for tensor in flat.tensors]
-    for destination in destinations:
-        destination.targets = _targets(destination)
-    return Wanted(destinations, flat.values, flat.per_rank, flat)
+    return Wanted(*Seen().take_apart(net, replaces=True))
 
 
 def _targets(destination: Destination) -> list[Target]:

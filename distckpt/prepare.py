@@ -32,6 +32,7 @@ from distckpt.plan import (
     DEFAULT_SHARD_BYTES,
     Holdings,
     Replicas,
+    Seen,
     WritePart,
     WritePlan,
     describe,
@@ -41,7 +42,7 @@ from distckpt.plan import (
 )
 from distckpt.shardfile import RESERVED_KEYS, ShardImage
 from distckpt.staging import NEVER, Staging, when_copied
-from distckpt.state import FlatState, Flattened, TensorLeaf, flatten
+from distckpt.state import FlatState, TensorLeaf
 from distckpt.stats import Recorder
 from distckpt.store import Store, open_store
 from distckpt.team import COORDINATOR, Gathered, Late, Operation, Team, ToAll
@@ -177,19 +178,14 @@ class _Mine:
         """
         self.store = open_store(url, storage_options=storage_options)
         self.where = self.store.url
-        flattened: Flattened | None = memory.get("flattened")
-        again = None if flattened is None else flattened.again(state)
-        self.flat = flatten(state) if again is None else again
+        seen: Seen = memory.setdefault("seen", Seen())
+        self.flat, self.held = seen.take_apart(state)
         # Here, and not where a file of it is made: whether a tensor is cut decides about its key.
         reserved = [leaf.name for leaf in self.flat.tensors if leaf.name in RESERVED_KEYS]
         if reserved:
             raise LayoutError(
                 f"{', '.join(map(repr, reserved))}: shard files need this name; rename the tensor"
             )
-        if again is None:
-            memory["flattened"] = Flattened(self.flat)
-            memory["held"] = describe(self.flat.tensors, list(self.flat.per_rank))
-        self.held = memory["held"]
         for name, leaf in self.flat.values.items():
             self.values[name] = codec.encode_value(leaf.value)
         for name, leaf in self.flat.per_rank.items():

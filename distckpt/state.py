@@ -397,34 +397,44 @@ class Flattened:
         self.tensors = len(flat.tensors)
         walked = None if flat.per_rank else _walk_dicts(flat.state)
         self._like: list[object] | None = None
-        if walked is None or len(walked[1]) != len(flat.tensors) + len(flat.values):
+        if walked is None or len(walked.leaves) != len(flat.tensors) + len(flat.values):
             return
-        keys, leaves = walked
+        leaves = walked.leaves
         self._kinds = list(map(type, leaves))
         self._pieces = [i for i, kind in enumerate(self._kinds) if kind not in _IMMUTABLE]
         pieces, arrays = self._arrays(leaves)
         if {type(piece) for piece in pieces} <= _PIECES and {type(a) for a in arrays} <= {
             np.ndarray
         }:
-            self._like = [keys, self._kinds, _seen(pieces, arrays)]
+            self._like = [walked.keys, self._kinds, _seen(pieces, arrays)]
             self._values = dict(zip(self._others(), flat.values, strict=True))
             self._names = [tensor.name for tensor in flat.tensors]
             self._models = list(zip(*(tensor[2:] for tensor in flat.tensors), strict=True))
 
-    def again(self, state: object) -> FlatState | None:
-        """Take the next state apart; None if it isn't the like. Its leaves can't be replaced."""
+    def again(self, state: object, *, replaces: bool = False) -> FlatState | None:
+        """Take the next state apart.
+
+        Args:
+            state: The state.
+            replaces: Whether leaves may be replaced; that takes a little longer.
+
+        Returns:
+            It, or None if it isn't the like.
+        """
         walked = _walk_dicts(state) if self._like is not None else None
-        if walked is None or [walked[0], list(map(type, walked[1]))] != self._like[:2]:  # type: ignore[index]
+        if walked is None or [walked.keys, list(map(type, walked.leaves))] != self._like[:2]:  # type: ignore[index]
             return None
-        leaves = walked[1]
+        leaves = walked.leaves
         pieces, arrays = self._arrays(leaves)
         if set(map(type, arrays)) - {np.ndarray} or _seen(pieces, arrays) != self._like[2]:  # type: ignore[index]
             return None
+        setters = walked.setters() if replaces else [_unreplaceable] * len(leaves)
         values = {
-            name: Leaf(name, leaves[index], _unreplaceable) for index, name in self._values.items()
+            name: Leaf(name, leaves[index], setters[index]) for index, name in self._values.items()
         }
         # As `Leaf(…)` and `TensorLeaf(…)`, without a call of Python's own for each.
-        columns = zip(self._names, pieces, repeat(_unreplaceable), repeat(None))
+        replace = [setters[index] for index in self._pieces]
+        columns = zip(self._names, pieces, replace, repeat(None), strict=False)
         made = map(_NEW, repeat(Leaf), columns)
         tensors = list(map(_NEW, repeat(TensorLeaf), zip(made, arrays, *self._models, strict=True)))
         return FlatState(tensors, values, {}, state)
@@ -457,29 +467,62 @@ def _seen(pieces: Sequence[Any], arrays: Sequence[Any]) -> list[object]:
     ]
 
 
-def _walk_dicts(state: object) -> tuple[list[tuple[object, ...]], list[object]] | None:
-    """List the keys and the leaves of nested dicts, in the order in which they are flattened."""
+@dataclass(frozen=True, slots=True)
+class _Walked:
+    """Nested dicts, in the order in which they are flattened.
+
+    Attributes:
+        dicts: All of them.
+        keys: Of each, its keys.
+        leaves: What lies in them and is no dict.
+    """
+
+    dicts: list[dict[object, object]]
+    keys: list[tuple[object, ...]]
+    leaves: list[object]
+
+    def setters(self) -> list[Callable[[object], None]]:
+        """Return for each leaf what puts another in its place."""
+        found: list[Callable[[object], None]] = []
+        todo = [iter(self.dicts[0].items())]
+        inner = iter(self.dicts)
+        above = [next(inner)]
+        while todo:
+            for key, value in todo[-1]:
+                if type(value) is dict:
+                    above.append(next(inner))
+                    todo.append(iter(value.items()))
+                    break
+                found.append(partial(operator.setitem, above[-1], key))
+            else:
+                todo.pop()
+                above.pop()
+        return found
+
+
+def _walk_dicts(state: object) -> _Walked | None:
+    """List the keys and the leaves of nested dicts; None where it is something else."""
     if type(state) is not dict:
         return None
-    keys: list[tuple[object, ...]] = []
-    leaves: list[object] = []
+    found = _Walked([], [], [])
     todo: list[Iterator[object]] = []
     node: dict[object, object] = state
     while True:
-        keys.append(tuple(node))
+        found.dicts.append(node)
+        found.keys.append(tuple(node))
         todo.append(iter(node.values()))
         while todo:
             for value in todo[-1]:
                 if type(value) is dict:
                     node = value
                     break
-                leaves.append(value)
+                found.leaves.append(value)
             else:
                 todo.pop()
                 continue
             break
         else:
-            return keys, leaves
+            return found
         if len(todo) > _DEEPEST:
             return None
 

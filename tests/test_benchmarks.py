@@ -182,18 +182,28 @@ def test_a_floor_writes_and_reads_all_bytes(tmp_path, write, nbytes):
         pytest.skip(f"no O_DIRECT here: {exc}")
     assert path.read_bytes() == data.tobytes()
     parts = [np.empty(nbytes // 2, np.uint8), np.empty(nbytes - nbytes // 2, np.uint8)]
-    floors.read_into(path, parts)
+    floors.read_into([path], parts)
     assert np.array_equal(np.concatenate(parts), data)
+
+
+def test_a_floor_reads_several_files_as_one(tmp_path):
+    data = np.random.default_rng(4).integers(0, 256, 1000, np.uint8)
+    paths = [tmp_path / name for name in "abc"]
+    for path, part in zip(paths, np.split(data, [10, 600]), strict=True):
+        path.write_bytes(part.tobytes())
+    arrays = [np.empty(length, np.uint8) for length in (7, 3, 500, 0, 200, 150)]
+    floors.read_into(paths, arrays)
+    assert np.array_equal(np.concatenate(arrays), data[:860])
 
 
 def test_a_floor_reads_more_arrays_than_one_request_takes(tmp_path):
     data = np.arange(3000, dtype=np.uint16).view(np.uint8)
     floors.write_buffered(tmp_path / "file", data)
     arrays = [np.empty(2, np.uint8) for _ in range(3000)]
-    floors.read_into(tmp_path / "file", arrays)
+    floors.read_into([tmp_path / "file"], arrays)
     assert np.array_equal(np.concatenate(arrays), data)
-    with pytest.raises(OSError, match="expected"):
-        floors.read_into(tmp_path / "file", [*arrays, np.empty(2, np.uint8)])
+    with pytest.raises(OSError, match="2 bytes too short"):
+        floors.read_into([tmp_path / "file"], [*arrays, np.empty(2, np.uint8)])
 
 
 def test_the_kernel_is_asked_what_it_still_has_of_a_file(tmp_path):

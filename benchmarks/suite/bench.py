@@ -261,16 +261,3 @@ class Bench:
     def loading(self, name: str, load: Load, path: Path) -> Contender:
         """Measure a load of what is there."""
         return lambda: {name: self.ranks.timed(lambda: load(path))}
-
-    @contextmanager
-    def floor_file(self, nbytes: int) -> Iterator[Path]:
-        """Collective. Write a file of this rank's own, which is then in the page cache."""
-        path = self.fresh()
-        path.mkdir(exist_ok=True)
-        mine = path / f"{self.ranks.rank}"
-        floors.write_buffered(mine, floors.aligned(nbytes))
-        self.ranks.meet()
-        try:
-            yield mine
-        finally:
-            self.remove(path)

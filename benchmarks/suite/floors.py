@@ -61,32 +61,44 @@ def _write(descriptor: int, data: np.ndarray) -> None:
         at += os.pwrite(descriptor, data[at : at + _MOST_BYTES], at)
 
 
-def read_into(path: Path, arrays: Sequence[np.ndarray]) -> None:
-    """Fill arrays (uint8, contiguous) one after another from a file that is as long as they."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        at = 0
-        for some in _requests(arrays):
-            wanted = sum(array.nbytes for array in some)
-            got = os.preadv(descriptor, some, at)
-            if got != wanted:
-                raise OSError(f"{path.name}: {got} bytes at {at}; expected {wanted}")
-            at += got
-    finally:
-        os.close(descriptor)
+def read_into(paths: Sequence[Path], arrays: Sequence[np.ndarray]) -> None:
+    """Fill arrays (uint8, contiguous) one after another from files, as if these were one.
+
+    Raises:
+        OSError: They are too short.
+    """
+    left = list(reversed(arrays))
+    for path in paths:
+        if not left:
+            return
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            _read_file(descriptor, left)
+        finally:
+            os.close(descriptor)
+    if left:
+        missing = sum(array.nbytes for array in left)
+        raise OSError(f"{', '.join(path.name for path in paths)}: {missing} bytes too short")
 
 
-def _requests(arrays: Iterable[np.ndarray]) -> Iterable[list[np.ndarray]]:
-    some: list[np.ndarray] = []
-    size = 0
-    for array in arrays:
-        if some and (len(some) == _MOST_BUFFERS or size + array.nbytes > _MOST_BYTES):
-            yield some
-            some, size = [], 0
-        some.append(array)
-        size += array.nbytes
-    if some:
-        yield some
+def _read_file(descriptor: int, left: list[np.ndarray]) -> None:
+    """Fill what a file has bytes for; *left* is in reverse order, and keeps the rest."""
+    size, at = os.fstat(descriptor).st_size, 0
+    while left and at < size:
+        some: list[np.ndarray] = []
+        wanted = 0
+        most = min(_MOST_BYTES, size - at)
+        while left and wanted < most and len(some) < _MOST_BUFFERS:
+            array = left.pop()
+            if array.nbytes > most - wanted:
+                left.append(array[most - wanted :])
+                array = array[: most - wanted]
+            some.append(array)
+            wanted += array.nbytes
+        got = os.preadv(descriptor, some, at)
+        if got != wanted:
+            raise OSError(f"{got} bytes at {at}; expected {wanted}")
+        at += got
 
 
 # ------------------------------------------------------------------------------------ page cache

@@ -189,7 +189,7 @@ def warm_load(bench: Bench) -> list[Measured]:
     def load(net: states.State, path: Path, **options: Any) -> None:  # noqa: ANN401
         reports.append(distckpt.load_into(path, net, comm=bench.comm, strict=True, **options))
 
-    with bench.checkpoint() as path, bench.floor_file(states.nbytes_of(same)) as file:
+    with bench.checkpoint() as path:
         load(same, path)
         load(wide, path)
         differing = [*states.differing(bench.state, same), *states.differing(bench.state, wide)]
@@ -197,7 +197,7 @@ def warm_load(bench: Bench) -> list[Measured]:
             raise ValueError(f"loaded wrongly: {', '.join(differing[:5])}")
         found = take_turns(
             [
-                bench.loading("preadv", _reader(same), file),
+                bench.loading("preadv", partial(_read, bench, same), path),
                 bench.loading("load", partial(load, same), path),
                 bench.loading("load, verify=False", partial(load, same, verify=False), path),
                 bench.loading("load, strided", partial(load, wide), path),
@@ -228,11 +228,11 @@ def cold_load(bench: Bench) -> list[Measured]:
         if bench.ranks.most(left) > 0.01:  # noqa: PLR2004  a hundredth
             raise Unavailable(f"the page cache keeps {left:.0%} of the files")
 
-    with bench.checkpoint() as path, bench.floor_file(states.nbytes_of(net)) as file:
+    with bench.checkpoint() as path:
 
         def floor() -> Mapping[str, float]:
-            forget([file])
-            return bench.loading("preadv, cold", _reader(net), file)()
+            forget(floors.files_under(path) if bench.ranks.rank == 0 else [])
+            return bench.loading("preadv, cold", partial(_read, bench, net), path)()
 
         def ours() -> Mapping[str, float]:
             forget(floors.files_under(path) if bench.ranks.rank == 0 else [])
@@ -293,13 +293,13 @@ def reshard(bench: Bench) -> list[Measured]:
             distckpt.load_into(path, net, comm=comm, strict=True)
 
     myself = bench.comm.Split(rank)
-    with bench.checkpoint() as path, bench.floor_file(states.nbytes_of(whole)) as file:
+    with bench.checkpoint() as path:
         found = take_turns(
             [
                 bench.loading("load by 4", partial(load, same, bench.comm), path),
                 bench.loading("load by 3", partial(load, less, three), path),
                 bench.loading("load by 1", partial(load, whole, myself), path),
-                bench.loading("preadv", _reader(whole), file),
+                bench.loading("preadv", partial(_read, bench, whole), path),
             ],
             bench.pairs,
         )
@@ -494,10 +494,12 @@ def _start(
         raise Unavailable(str(exc)) from exc
 
 
-def _reader(net: states.State) -> Callable[[Path], None]:
-    """Make the floor of a load into these arrays."""
+def _read(bench: Bench, net: states.State, path: Path) -> None:
+    """Read a checkpoint's own files into these arrays, a rank's own first: the floor of a load."""
     arrays = [states.flat_bytes(states.array_of(leaf)) for leaf in net.values()]
-    return lambda path: floors.read_into(path, arrays)
+    files = sorted(path.glob("shard-*"))
+    first = bench.ranks.rank % len(files)
+    floors.read_into([*files[first:], *files[:first]], arrays)
 
 
 def _nbytes(checkpoint: distckpt.Checkpoint, name: str) -> int:

@@ -80,7 +80,7 @@ ROWS: dict[str, Row] = {
     "load": Row("load, warm", _READ, 1.20, section="Loading"),
     "load-unverified": Row("load, warm, verify=False", _READ, 1.05, section="Loading"),
     "load-strided": Row("load, warm, into strided arrays", _READ, 1.25, section="Loading"),
-    "load-turned": Row("load, warm, rows ↔ columns", _READ, 1.25, section="Loading"),
+    "load-turned": Row("load, warm, rows ↔ columns", _READ, section="Loading"),
     "load-cold": Row("load, cold", "preadv of the same bytes, cold", section="Loading"),
     "reshard": Row(
         "load by 3 ranks of what 4 saved",

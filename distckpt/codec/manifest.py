@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -163,17 +165,9 @@ def _decode(message: Any) -> Manifest:
         (in_range & (data_start % DATA_ALIGNMENT == 0)).all(),
         f"a shard file's data does not start at a multiple of {DATA_ALIGNMENT}",
     )
-    layouts = _decode_layouts(message.layouts, count)
-    tensors = message.tensors
-    names = _decode_names(tensors)
-    dtype, layout = _column(tensors.dtype), _column(tensors.layout)
-    _need(len(dtype) == len(layout) == len(names), "columns of unequal length for the tensors")
-    unknown = [code for code in np.unique(dtype).tolist() if code not in dtypes.BY_CODE]
-    if unknown:
-        raise UnsupportedFormat(f"unknown dtype codes {unknown}; install a newer distckpt")
-    _need((layout < len(layouts)).all(), "a tensor's layout does not exist")
-    boxes = _count_boxes(layouts, layout)
-    _need(boxes <= _MAX_BOXES, f"{boxes} boxes")
+    structure = _structure(
+        message.tensors.SerializeToString(), message.layouts.SerializeToString(), count
+    )
     values = message.values
     _need(len(values.name) == len(values.value), "columns of unequal length for the values")
     per_rank, per_rank_file = _decode_per_rank(message.per_rank, message.ranks, count)
@@ -183,10 +177,10 @@ def _decode(message: Any) -> Manifest:
         ranks=message.ranks,
         block_bytes=block_bytes,
         step=message.step if message.HasField("step") else None,
-        names=names,
-        dtype=dtype,
-        layout=layout,
-        layouts=layouts,
+        names=structure.names,
+        dtype=structure.dtype,
+        layout=structure.layout,
+        layouts=structure.layouts,
         file_length=length,
         file_data_start=data_start,
         file_digest=[
@@ -201,16 +195,9 @@ def _decode(message: Any) -> Manifest:
         metadata=_dict(message, "metadata"),
         metrics=_dict(message, "metrics"),
     )
-    everything = [*names, *values.name, *message.per_rank.name]
-    _need(len(set(everything)) == len(everything), "a name is there twice")
-    _need(all("\0" not in name for name in everything), "a name holds a NUL character")
-    for index in np.unique(layout * 256 + dtype).tolist():
-        shape = layouts[index // 256].shape
-        _need(
-            math.prod(extent or 1 for extent in shape) * dtypes.BY_CODE[index % 256].itemsize
-            <= MAX_TENSOR_BYTES,
-            f"a tensor of shape {shape} is too large",
-        )
+    others = [*values.name, *message.per_rank.name]
+    _check_names(others)
+    _need(structure.known.isdisjoint(others), "a name is there twice")
     # Sums of numbers in range may leave it; as floats they can't.
     _need(manifest.largest_file_bytes <= MAX_BYTES, "tensors beyond all limits in one file")
     table_start = manifest.file_table_start
@@ -220,6 +207,61 @@ def _decode(message: Any) -> Manifest:
         "a shard file's length is not that of its tensors and checksums",
     )
     return manifest
+
+
+@dataclass(frozen=True, slots=True)
+class _Structure:
+    """What the manifests of a run have in common, checked: of what tensors, and how they are cut.
+
+    Attributes:
+        known: The names as a set; the others as in `Manifest`.
+    """
+
+    names: Sequence[str]
+    dtype: np.ndarray
+    layout: np.ndarray
+    layouts: Sequence[Layout]
+    known: frozenset[str]
+
+
+# Two: of a run that is read, and of another that is compared with it.
+@lru_cache(2)
+def _structure(tensors: bytes, layouts: bytes, files: int) -> _Structure:
+    """Decode the messages of these names; once, as long as a run's checkpoints are alike.
+
+    Args:
+        tensors: A message, encoded.
+        layouts: Another.
+        files: Number of files.
+    """
+    found = _decode_layouts(pb.Layouts.FromString(layouts), files)
+    message = pb.Tensors.FromString(tensors)
+    names = _decode_names(message)
+    dtype, layout = _column(message.dtype), _column(message.layout)
+    _need(len(dtype) == len(layout) == len(names), "columns of unequal length for the tensors")
+    unknown = [code for code in np.unique(dtype).tolist() if code not in dtypes.BY_CODE]
+    if unknown:
+        raise UnsupportedFormat(f"unknown dtype codes {unknown}; install a newer distckpt")
+    _need((layout < len(found)).all(), "a tensor's layout does not exist")
+    boxes = _count_boxes(found, layout)
+    _need(boxes <= _MAX_BOXES, f"{boxes} boxes")
+    _check_names(names)
+    for index in np.unique(layout * 256 + dtype).tolist():
+        shape = found[index // 256].shape
+        _need(
+            math.prod(extent or 1 for extent in shape) * dtypes.BY_CODE[index % 256].itemsize
+            <= MAX_TENSOR_BYTES,
+            f"a tensor of shape {shape} is too large",
+        )
+    # Several manifests have them.
+    dtype.setflags(write=False)
+    layout.setflags(write=False)
+    return _Structure(names, dtype, layout, found, frozenset(names))
+
+
+def _check_names(names: Sequence[str]) -> None:
+    _need(len(set(names)) == len(names), "a name is there twice")
+    _need("\0" not in "".join(names), "a name holds a NUL character")
 
 
 def _decode_names(tensors: Any) -> list[str]:

@@ -14,7 +14,7 @@ position.
 
 from __future__ import annotations
 
-from distckpt.plan.holdings import Holdings, describe
+from distckpt.plan.holdings import Holdings, Seen, describe
 from distckpt.plan.parts import WritePart, part_from_bytes
 from distckpt.plan.read import Fragments, Wants, plan_read
 from distckpt.plan.summary import Summary, summarise
@@ -31,6 +31,7 @@ __all__ = [
     "Fragments",
     "Holdings",
     "Replicas",
+    "Seen",
     "Summary",
     "Wants",
     "WritePart",

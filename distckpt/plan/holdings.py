@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from distckpt.region import boxes_of_runs
-from distckpt.state import TensorLeaf
+from distckpt.state import FlatState, Flattened, TensorLeaf, flatten
 
 BOX, RUN = 0, 1
+# A model and its optimizer may be loaded, or saved, in turns.
+_REMEMBERED = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,17 @@ class Holdings:
     def width(self) -> int:
         """Dimensions after padding."""
         return int(self.shape.shape[1])
+
+    def is_like(self, other: Holdings) -> bool:
+        """Whether another rank, or this one at another time, holds the same."""
+        if self is other:
+            return True
+        names = self.__dataclass_fields__
+        return (self.names, self.per_rank) == (other.names, other.per_rank) and all(
+            np.array_equal(getattr(self, name), getattr(other, name))
+            for name in names
+            if name not in {"names", "per_rank"}
+        )
 
     def boxes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Cut runs into boxes.
@@ -110,3 +123,35 @@ def describe(tensors: Sequence[TensorLeaf], per_rank: Sequence[str] = ()) -> Hol
         last,
         tuple(per_rank),
     )
+
+
+class Seen:
+    """The states that were taken apart last, to do it faster with those that are like them.
+
+    Keeps none of their arrays.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[Flattened, Holdings]] = []
+
+    def take_apart(self, state: object, *, replaces: bool = False) -> tuple[FlatState, Holdings]:
+        """Take a state apart.
+
+        Args:
+            state: The state.
+            replaces: Whether leaves may be replaced.
+
+        Returns:
+            Its leaves; and its tensors in columns, the same object as long as nothing changes.
+
+        Raises:
+            LayoutError: As `flatten` does.
+        """
+        for flattened, held in reversed(self._seen):
+            found = flattened.again(state, replaces=replaces)
+            if found is not None:
+                return found, held
+        flat = flatten(state)
+        held = describe(flat.tensors, list(flat.per_rank))
+        self._seen = [*self._seen, (Flattened(flat), held)][-_REMEMBERED:]
+        return flat, held
