@@ -25,7 +25,7 @@ from distckpt.errors import CheckpointError, CorruptCheckpoint, IncompleteCheckp
 from distckpt.reader import BlockReader
 from distckpt.region import Region
 from distckpt.team import Late, Operation
-from distckpt.waiting import Waiting
+from distckpt.waiting import Collections, Waiting
 
 # A consumer may be so many rounds behind its reader before the reader waits.
 _ROUNDS_AHEAD = 1
@@ -182,8 +182,10 @@ class _Exchange:
     def run(self) -> Waiting[None]:
         """Do all rounds."""
         receive, work = self._operation.receive, self._work
+        collections = Collections()
         ahead: dict[int, list[_Round]] = {}  # consumer → rounds that it has not acknowledged
         for rows in work.rounds():
+            collections.remind()
             done = self._read(rows)
             for consumer, outgoing in done.outgoing.items():
                 sent = ahead.setdefault(consumer, [])

@@ -103,6 +103,7 @@ class LoadReport:
         return "\n".join(lines)
 
 
+@no_collections()
 def load_into(
     team: Team,
     url: str | os.PathLike[str] | Store,
@@ -139,26 +140,25 @@ def load_into(
     failure: BaseException | None = None
     try:
         store = locate(url, storage_options=storage_options, format=format, options=format_options)
-        with no_collections():
-            wanted = Wanted(*LoadMemory.of(team).seen.take_apart(net, replaces=True))
+        wanted = Wanted(*LoadMemory.of(team).seen.take_apart(net, replaces=True))
     except Exception as exc:  # noqa: BLE001  a rank that fails still takes part
         failure = exc
     where = store.url if store is not None else str(url)
     try:
-        with no_collections():
-            agreeing = agree(
-                team,
-                operation,
-                where,
-                wanted,
-                options,
-                failure=failure,
-                manifest=lambda: manifest(_opened(store, where)),
-            )
-            operation, part = team.drive(agreeing)
-            opened = _opened(store, where)
+        agreeing = agree(
+            team,
+            operation,
+            where,
+            wanted,
+            options,
+            failure=failure,
+            manifest=lambda: manifest(_opened(store, where)),
+        )
+        operation, part = team.drive(agreeing)
         report = team.drive(
-            _execute(operation, opened, wanted, part, options=options, started=started)
+            _execute(
+                operation, _opened(store, where), wanted, part, options=options, started=started
+            )
         )
     except Late as late:
         raise LoadFailed(
@@ -330,8 +330,6 @@ class _Settle:
 
     def _raise_failures(self, outcomes: Sequence[Mapping[str, Any]]) -> None:
         errors = {rank: found["error"] for rank, found in enumerate(outcomes) if found["error"]}
-        texts = [found["touched"] for found in outcomes if found["touched"] is not None]
-        names = list(dict.fromkeys(name for found in texts for name in found.split("\0")))
         verb = "load"
         missing = any(error["kind"] == "IncompleteCheckpoint" for error in errors.values())
         missing |= any(found["skipped"] and found["skipped"]["missing"] for found in outcomes)
@@ -341,6 +339,10 @@ class _Settle:
             if not errors:
                 # What is skipped is damage; of another checkpoint nothing may be mixed in.
                 errors = {COORDINATOR: to_plain(IncompleteCheckpoint(gone))}
+        if not errors:
+            return
+        texts = [found["touched"] for found in outcomes if found["touched"] is not None]
+        names = list(dict.fromkeys(name for found in texts for name in found.split("\0")))
         damaged = gone is None and any(
             error["kind"] in _DAMAGE or error["attributes"].get("denied")
             for error in errors.values()

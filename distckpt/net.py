@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import EllipsisType
@@ -174,7 +175,7 @@ class Filling:
         first = np.full(len(stored), -1)
         self._length = np.full(len(tensors), -1)
         if as_stored.any():
-            filled = np.array([_is_filled(tensor) for tensor in tensors], bool)
+            filled = np.array(_filled(tensors, self._arrays), bool)
             # What Python can hand out as it is.
             places = np.flatnonzero(filled).tolist()
             known = [i for i in places if self._arrays[i].dtype.isbuiltin == 1]
@@ -218,15 +219,21 @@ class Filling:
         target.put(Region(start[pad:], stop), values.reshape(shape))
 
 
-def _is_filled(tensor: TensorLeaf) -> bool:
-    """Whether its memory takes bytes as they are in a file: in C order, little-endian."""
-    array = tensor.array
-    return (
+def _filled(tensors: Sequence[TensorLeaf], arrays: Sequence[Any]) -> list[bool]:
+    """Whether the memory of each takes bytes as they are in a file: in C order, little-endian."""
+    return [
         isinstance(array, np.ndarray)
         and array.flags.carray
-        and (array.dtype is tensor.dtype.numpy or array.dtype == tensor.dtype.numpy)
-        and tensor.leaf.filled
-    )
+        and (array.dtype is dtype or array.dtype == dtype)
+        # Asked first what is true of most.
+        and ((array is leaf.value and leaf.net is None) or leaf.filled)
+        for array, leaf, dtype in zip(
+            arrays,
+            [tensor.leaf for tensor in tensors],
+            [tensor.dtype.numpy for tensor in tensors],
+            strict=True,
+        )
+    ]
 
 
 def _bytes(array: np.ndarray, start_byte: int, stop_byte: int) -> memoryview:

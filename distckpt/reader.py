@@ -20,7 +20,7 @@ from distckpt.errors import (
 from distckpt.foreign import ForeignStore
 from distckpt.manifest import MANIFEST_NAME, Manifest, table_bytes
 from distckpt.shardfile import checksum, table_digest
-from distckpt.store import Store, parallel_bytes, read_object, scatter, scatters
+from distckpt.store import Store, parallel_bytes, read_object, scatter, scatters, total_bytes
 
 # Where long reads are faster, one has at most so many bytes.
 _RUN_BYTES = 32 << 20
@@ -307,7 +307,7 @@ class BlockReader:
 
     def _scatter(self, file: int, start: int, buffers: Sequence[memoryview]) -> None:
         name = self._files[file].name
-        with self._reading(name, start, sum(buffer.nbytes for buffer in buffers)):
+        with self._reading(name, start, total_bytes(buffers)):
             scatter(self._store, name, start, buffers)
 
     @contextmanager

@@ -484,19 +484,18 @@ class _Walked:
     def setters(self) -> list[Callable[[object], None]]:
         """Return for each leaf what puts another in its place."""
         found: list[Callable[[object], None]] = []
-        todo = [iter(self.dicts[0].items())]
         inner = iter(self.dicts)
-        above = [next(inner)]
+        todo = [(next(inner), iter(self.keys[0]))]
         while todo:
-            for key, value in todo[-1]:
-                if type(value) is dict:
-                    above.append(next(inner))
-                    todo.append(iter(value.items()))
+            node, keys = todo[-1]
+            for key in keys:
+                if type(node[key]) is dict:
+                    below = next(inner)
+                    todo.append((below, iter(below)))
                     break
-                found.append(partial(operator.setitem, above[-1], key))
+                found.append(partial(operator.setitem, node, key))
             else:
                 todo.pop()
-                above.pop()
         return found
 
 

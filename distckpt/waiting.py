@@ -22,10 +22,15 @@ Waiting = Generator[None, None, T]
 # A step of a protocol that takes longer has not only looked whether something has come.
 _STEP_S = 1e-3
 _SHORTEST_PAUSE_S = 2e-5
+# Who stands still meanwhile looks for so long without a pause: the shortest takes three times as
+# long as it should.
+_BUSY_S = 3e-4
 # How long a thread of a save waits for the interpreter's lock while another runs Python.
 _SWITCH_S = 1e-4
 # How long a process whose program ends with an error goes on with what is left to do.
 _PATIENCE_AFTER_ERROR_S = 3.0
+# How often a long load searches for cycles that other threads have left.
+_COLLECT_S = 10.0
 
 
 def drive(
@@ -54,6 +59,10 @@ def drive(
         now = time.monotonic()
         if now - began > _STEP_S:  # something had come
             since, pause_s = now, _SHORTEST_PAUSE_S
+        if not patient and now - since < _BUSY_S:
+            os.sched_yield()
+            began = time.monotonic()
+            continue
         time.sleep(pause_s)
         began = time.monotonic()
         longest_s = 2e-3 if patient else min(max(2e-4, (began - since) / 16), 2e-3)
@@ -126,6 +135,19 @@ def no_collections() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+class Collections:
+    """Python's search for unreachable cycles, from time to time where `no_collections` lasts."""
+
+    def __init__(self) -> None:
+        self._due = time.monotonic() + _COLLECT_S
+
+    def remind(self) -> None:
+        """Search, if the last one was long ago."""
+        if time.monotonic() > self._due and not gc.isenabled():
+            gc.collect()
+            self._due = time.monotonic() + _COLLECT_S
 
 
 def step_back() -> None:

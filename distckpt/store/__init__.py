@@ -26,6 +26,7 @@ from distckpt.store.base import (
     read_object,
     scatter,
     scatters,
+    total_bytes,
     wants_aligned,
     writes_at_once,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "read_object",
     "scatter",
     "scatters",
+    "total_bytes",
     "wants_aligned",
     "writes_at_once",
 ]

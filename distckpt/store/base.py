@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Protocol, runtime_checkable
 
 from distckpt.errors import CheckpointError, StoreError, tellable, without_secrets
@@ -14,6 +15,7 @@ Buffer = memoryview | bytes
 
 _PARTIAL = ".partial"
 _PARTIAL_ID_DIGITS = 16
+_NBYTES = attrgetter("nbytes")
 
 
 class Sink(Protocol):
@@ -137,6 +139,11 @@ def writes_at_once(sink: Sink) -> int:
 def wants_aligned(sink: Sink) -> bool:
     """Whether a sink is faster with memory, offsets and lengths that are multiples of 4096."""
     return bool(getattr(sink, "wants_aligned", False))
+
+
+def total_bytes(buffers: Iterable[memoryview]) -> int:
+    """Return how many bytes some buffers have together."""
+    return sum(map(_NBYTES, buffers))
 
 
 def scatters(store: Store) -> bool:

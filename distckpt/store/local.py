@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from distckpt.errors import StoreError
-from distckpt.store.base import Buffer, Sink, partial_name, translated
+from distckpt.store.base import Buffer, Sink, partial_name, total_bytes, translated
 
 logger = logging.getLogger(__name__)
 
@@ -348,7 +348,7 @@ def _sync_directory(path: Path) -> None:
 
 def _read_all(descriptor: int, start_byte: int, buffers: Sequence[memoryview], path: Path) -> int:
     """Fill buffers; returns the byte after the last one."""
-    stop_byte = start_byte + sum(buffer.nbytes for buffer in buffers)
+    stop_byte = start_byte + total_bytes(buffers)
     done = start_byte
     while done < stop_byte:
         count = os.preadv(descriptor, buffers, done)
