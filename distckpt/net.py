@@ -31,16 +31,24 @@ class Target:
     region: Region
     first: int
 
-    def put(self, region: Region, values: np.ndarray) -> None:
-        """Copy a part of the box in; converts where the dtypes differ."""
-        array = self.destination.memory()
-        if self.destination.is_run:
+    def put(self, start: tuple[int, ...], values: np.ndarray) -> None:
+        """Copy a part of the box in; converts where the dtypes differ.
+
+        Args:
+            start: Where the part begins in the whole tensor.
+            values: The part.
+        """
+        destination = self.destination
+        array = destination.memory()
+        if destination.is_run:
             array = array[self.first : self.first + self.region.size].reshape(self.region.shape)
-        slices = region.relative_to(self.region.start).slices
-        # The Ellipsis makes it a view where there is no dimension, too.
-        where: tuple[slice | EllipsisType, ...] = (*slices, ...)
-        np.copyto(array[where], values, casting="unsafe")
-        self.destination.arrived(region.size)
+        where: list[slice | EllipsisType] = [
+            slice(first - origin, first - origin + count)
+            for first, origin, count in zip(start, self.region.start, values.shape, strict=True)
+        ]
+        where.append(...)  # makes it a view where there is no dimension, too
+        np.copyto(array[tuple(where)], values, casting="unsafe")
+        destination.arrived(values.size)
 
 
 @dataclass(slots=True)
@@ -60,6 +68,7 @@ class Destination:
     targets: list[Target] = field(default_factory=list)
     _new: np.ndarray | None = None
     _missing: int = 0
+    _in_place: bool | None = None
 
     @property
     def is_run(self) -> bool:
@@ -69,8 +78,11 @@ class Destination:
     @property
     def in_place(self) -> bool:
         """Whether the net's own memory is filled."""
-        array = self.tensor.array
-        return isinstance(array, np.ndarray) and array.flags.writeable and self.tensor.leaf.filled
+        if self._in_place is None:  # asked for each part that is put in place
+            array = self.tensor.array
+            writeable = isinstance(array, np.ndarray) and array.flags.writeable
+            self._in_place = bool(writeable and self.tensor.leaf.filled)
+        return self._in_place
 
     def memory(self) -> np.ndarray:
         """Return the array to fill."""
@@ -214,9 +226,9 @@ class Filling:
         self.touched[key] = True
         target = self._wanted.targets[key]
         pad = len(start) - len(target.region.start)
-        shape = values.shape[pad:]
-        stop = tuple(a + n for a, n in zip(start[pad:], shape, strict=True))
-        target.put(Region(start[pad:], stop), values.reshape(shape))
+        if pad:
+            start, values = start[pad:], values.reshape(values.shape[pad:])
+        target.put(start, values)
 
 
 def _filled(tensors: Sequence[TensorLeaf], arrays: Sequence[Any]) -> list[bool]:

@@ -20,7 +20,15 @@ from distckpt.errors import (
 from distckpt.foreign import ForeignStore
 from distckpt.manifest import MANIFEST_NAME, Manifest, table_bytes
 from distckpt.shardfile import checksum, table_digest
-from distckpt.store import Store, parallel_bytes, read_object, scatter, scatters, total_bytes
+from distckpt.store import (
+    OpenObject,
+    Store,
+    open_object,
+    opens,
+    parallel_bytes,
+    read_object,
+    total_bytes,
+)
 
 # Where long reads are faster, one has at most so many bytes.
 _RUN_BYTES = 32 << 20
@@ -148,7 +156,8 @@ class BlockReader:
         self._files = files
         self.block_bytes = block_bytes
         self.verify = verify
-        self.scatters = scatters(store)
+        self.scatters = opens(store)
+        self._opened: tuple[int, OpenObject] | None = None  # the file that was read last
         self.tables: Tables = Tables() if like is None else like.tables
         self._scratch = np.empty(0, np.uint8)
         run_bytes = min(parallel_bytes(store), _RUN_BYTES)
@@ -308,7 +317,10 @@ class BlockReader:
     def _scatter(self, file: int, start: int, buffers: Sequence[memoryview]) -> None:
         name = self._files[file].name
         with self._reading(name, start, total_bytes(buffers)):
-            scatter(self._store, name, start, buffers)
+            if self._opened is None or self._opened[0] != file:
+                self._opened = None  # closed before the next one is opened
+                self._opened = file, open_object(self._store, name)
+            self._opened[1].read_into(start, buffers)
 
     @contextmanager
     def _reading(self, name: str, start: int, length: int) -> Iterator[None]:

@@ -15,7 +15,7 @@ from strategies import split
 import distckpt
 from distckpt import FlatShard, LoadFailed, Region, Shard, commit, copies, exchange, prepare, writer
 from distckpt.copies import find_runs
-from distckpt.store import PrefixStore, open_store, scatter, scatters
+from distckpt.store import PrefixStore, open_object, open_store, opens
 from distckpt.testing import MemoryStore, run_ranks
 
 _BLOCK = 4096
@@ -43,10 +43,19 @@ class ScatteringStore(MemoryStore):
         super().__init__()
         self.scattered = []
 
-    def scatter(self, name, start_byte, buffers):
-        self.scattered.append((name, start_byte, [buffer.nbytes for buffer in buffers]))
+    def open_object(self, name):
+        return OpenedObject(self, name)
+
+
+class OpenedObject:
+    def __init__(self, store, name):
+        self.store, self.name = store, name
+
+    def read_into(self, start_byte, buffers):
+        found = self.name, start_byte, [buffer.nbytes for buffer in buffers]
+        self.store.scattered.append(found)
         for buffer in buffers:
-            self.read_into(name, start_byte, buffer.cast("B"))
+            self.store.read_into(self.name, start_byte, buffer.cast("B"))
             start_byte += buffer.nbytes
 
 
@@ -298,9 +307,9 @@ def test_without_the_method_a_store_is_read_block_by_block():
     class Plain(MemoryStore):
         pass
 
-    assert not scatters(Plain())
-    assert not scatters(PrefixStore(Plain(), "x"))
-    assert scatters(PrefixStore(ScatteringStore(), "x"))
+    assert not opens(Plain())
+    assert not opens(PrefixStore(Plain(), "x"))
+    assert opens(PrefixStore(ScatteringStore(), "x"))
 
 
 # ------------------------------------------------------------------------------------------- stores
@@ -312,19 +321,19 @@ def test_a_local_file_fills_any_number_of_buffers(tmp_path_factory, sizes, start
     content = np.random.default_rng(1).integers(0, 256, start + sum(sizes), np.uint8).tobytes()
     (folder / "x").write_bytes(content)
     buffers = [memoryview(bytearray(size)) for size in sizes]
-    scatter(open_store(folder), "x", start, buffers)
+    open_object(open_store(folder), "x").read_into(start, buffers)
     assert b"".join(buffers) == content[start:]
     if sum(sizes):
         (folder / "x").write_bytes(content[:-1])
         with pytest.raises(EOFError, match=f"ends at byte {len(content) - 1}"):
-            scatter(open_store(folder), "x", start, buffers)
+            open_object(open_store(folder), "x").read_into(start, buffers)
     with pytest.raises(FileNotFoundError):
-        scatter(open_store(folder), "y", 0, buffers)
+        open_object(open_store(folder), "y").read_into(0, buffers)
 
 
 def test_a_part_of_a_store_scatters_under_its_prefix():
     store = ScatteringStore()
     store.put("step-1/x", bytes(range(10)), replace=True)
     buffers = [memoryview(bytearray(3)), memoryview(bytearray(2))]
-    scatter(PrefixStore(store, "step-1"), "x", 4, buffers)
+    open_object(PrefixStore(store, "step-1"), "x").read_into(4, buffers)
     assert [bytes(buffer) for buffer in buffers] == [bytes([4, 5, 6]), bytes([7, 8])]

@@ -154,7 +154,7 @@ def _put(target: Destination, array: np.ndarray) -> None:
     if isinstance(leaf.value, Tensor):
         np.copyto(leaf.value.asnumpy(), array.reshape(shape), casting="unsafe")
     else:
-        target.targets[0].put(target.targets[0].region, array.reshape(shape))
+        target.targets[0].put(target.targets[0].region.start, array.reshape(shape))
 
 
 def _as_plain(old: object, array: np.ndarray) -> Any:

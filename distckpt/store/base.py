@@ -45,7 +45,7 @@ class Store(Protocol):
 
     A store whose long reads are faster, since they are made of several at once, says so by an
     attribute more, which others need not have: see `parallel_bytes`. One that fills several buffers
-    as fast as one has a method more: see `scatter`.
+    as fast as one has a method more: see `open_object`.
     """
 
     @property
@@ -146,26 +146,40 @@ def total_bytes(buffers: Iterable[memoryview]) -> int:
     return sum(map(_NBYTES, buffers))
 
 
-def scatters(store: Store) -> bool:
-    """Whether a store has a method ``scatter``, so that `scatter` may be called."""
-    return callable(getattr(store, "scatter", None))
+class OpenObject(Protocol):
+    """An object that stays open from read to read, until nobody refers to this."""
+
+    def read_into(self, start_byte: int, buffers: Sequence[memoryview]) -> None:
+        """Fill several buffers, of any lengths, from one stretch.
+
+        Args:
+            start_byte: First byte to read.
+            buffers: Writable and contiguous; filled in this order.
+
+        Raises:
+            EOFError: It ends before the buffers are full.
+            StoreError: The store failed.
+        """
 
 
-def scatter(store: Store, name: str, start_byte: int, buffers: Sequence[memoryview]) -> None:
-    """Fill several buffers, of any lengths, from one stretch of an object.
+def opens(store: Store) -> bool:
+    """Whether a store has a method ``open_object``, so that the function may be called."""
+    return callable(getattr(store, "open_object", None))
+
+
+def open_object(store: Store, name: str) -> OpenObject:
+    """Open an object of a store to read several buffers at once, and more than once.
 
     Args:
-        store: One of which `scatters` is true.
+        store: One of which `opens` is true.
         name: The object.
-        start_byte: First byte to read.
-        buffers: Writable and contiguous; filled in this order.
 
     Raises:
         FileNotFoundError: No such object.
-        EOFError: It ends before the buffers are full.
         StoreError: The store failed.
     """
-    store.scatter(name, start_byte, buffers)  # type: ignore[attr-defined]
+    found: OpenObject = store.open_object(name)  # type: ignore[attr-defined]
+    return found
 
 
 def partial_name(name: str, attempt: str = "") -> str:
@@ -218,13 +232,11 @@ class PrefixStore:
         return parallel_bytes(self._store)
 
     @property
-    def scatter(self) -> Callable[[str, int, Sequence[memoryview]], None] | None:
+    def open_object(self) -> Callable[[str], OpenObject] | None:
         """The other's, if it has one; see the function of this name."""
-        if not scatters(self._store):
+        if not opens(self._store):
             return None
-        return lambda name, start_byte, buffers: scatter(
-            self._store, self._prefix + name, start_byte, buffers
-        )
+        return lambda name: open_object(self._store, self._prefix + name)
 
     def create(self, name: str, length_bytes: int) -> Sink:
         """See `Store`."""

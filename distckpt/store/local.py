@@ -98,20 +98,14 @@ class LocalStore:
 
     def read_into(self, name: str, start_byte: int, buffer: memoryview) -> None:
         """See `Store`."""
-        self.scatter(name, start_byte, [buffer])
+        self.open_object(name).read_into(start_byte, [buffer])
 
-    def scatter(self, name: str, start_byte: int, buffers: Sequence[memoryview]) -> None:
+    def open_object(self, name: str) -> _LocalObject:
         """See the function of this name. One call to the system fills a thousand buffers."""
-        path = self._root / name
-        with translated(str(path)):
+        path = str(self._root / name)
+        with translated(path):
             # Without O_NONBLOCK a pipe, which an archive of a stranger can bring, waits for ever.
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            try:
-                for first in range(0, len(buffers), _BUFFERS_AT_ONCE):
-                    some = buffers[first : first + _BUFFERS_AT_ONCE]
-                    start_byte = _read_all(descriptor, start_byte, some, path)
-            finally:
-                os.close(descriptor)
+            return _LocalObject(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
 
     def size(self, name: str) -> int:
         """See `Store`."""
@@ -186,6 +180,23 @@ class LocalStore:
                 with suppress(OSError):
                     _sync_directory(ancestor.parent)
             self._named.add(ancestor)
+
+
+class _LocalObject:
+    """A file that is read."""
+
+    def __init__(self, path: str, descriptor: int) -> None:
+        self._path, self._descriptor = path, descriptor
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+    def read_into(self, start_byte: int, buffers: Sequence[memoryview]) -> None:
+        """See `OpenObject`."""
+        with translated(self._path):
+            for first in range(0, len(buffers), _BUFFERS_AT_ONCE):
+                some = buffers[first : first + _BUFFERS_AT_ONCE]
+                start_byte = _read_all(self._descriptor, start_byte, some, self._path)
 
 
 class _LocalSink:
@@ -346,7 +357,7 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _read_all(descriptor: int, start_byte: int, buffers: Sequence[memoryview], path: Path) -> int:
+def _read_all(descriptor: int, start_byte: int, buffers: Sequence[memoryview], path: str) -> int:
     """Fill buffers; returns the byte after the last one."""
     stop_byte = start_byte + total_bytes(buffers)
     done = start_byte
