@@ -175,7 +175,9 @@ def _commit_at_coordinator(save: Save, outcomes: Sequence[Mapping[str, Any]]) ->
     _look_up(save, outcomes)
     manifest = _make_manifest(save, plan, outcomes)
     replaced = _read_replaced(store) if save.options.overwrite else None
-    data = codec.encode(manifest)
+    if save.known.structure is None:
+        save.known.structure = codec.encode_structure(manifest)
+    data = codec.encode(manifest, save.known.structure)
     if save.known.saves == 1:
         # What a reader would refuse must not become the last committed checkpoint. Later saves of a
         # plan differ from its first in nothing that a reader could refuse.

@@ -5,6 +5,7 @@ The codes are part of the file format (``Dtype`` in ``manifest.proto``); they ne
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -33,6 +34,11 @@ class Dtype:
     def itemsize(self) -> int:
         """Bytes of an element."""
         return self.numpy.itemsize
+
+
+def _little(dtype: np.dtype) -> np.dtype:
+    """Return it in little-endian order: numpy's own object where that is the machine's."""
+    return dtype if sys.byteorder == "little" else dtype.newbyteorder("<")
 
 
 def _table() -> tuple[Dtype, ...]:
@@ -71,7 +77,7 @@ def _table() -> tuple[Dtype, ...]:
         (35, "uint2", None),
     ]
     return tuple(
-        [Dtype(code, name, np.dtype(name).newbyteorder("<"), st) for code, name, st in standard]
+        [Dtype(code, name, _little(np.dtype(name)), st) for code, name, st in standard]
         + [Dtype(code, name, np.dtype(getattr(ml_dtypes, name)), st) for code, name, st in extended]
     )
 

@@ -137,6 +137,7 @@ class Known:
         saves: How many were begun with it.
         stale: One failed: plan anew, and compare the replicas in full.
         layouts: This rank's files, once it has written some.
+        structure: What all its manifests have in common, at the coordinator, once one was written.
     """
 
     generation: int
@@ -146,6 +147,7 @@ class Known:
     saves: int = 0
     stale: bool = False
     layouts: Layouts | None = None
+    structure: codec.EncodedStructure | None = None
 
 
 @dataclass(slots=True)
@@ -181,7 +183,7 @@ class _Mine:
         seen: Seen = memory.setdefault("seen", Seen())
         self.flat, self.held = seen.take_apart(state)
         # Here, and not where a file of it is made: whether a tensor is cut decides about its key.
-        reserved = [leaf.name for leaf in self.flat.tensors if leaf.name in RESERVED_KEYS]
+        reserved = sorted(RESERVED_KEYS.intersection(self.held.names))
         if reserved:
             raise LayoutError(
                 f"{', '.join(map(repr, reserved))}: shard files need this name; rename the tensor"

@@ -22,7 +22,7 @@ from distckpt.shardfile import (
     table_digest,
 )
 from distckpt.staging import Staging, fill_checked
-from distckpt.state import Array, TensorLeaf
+from distckpt.state import TensorLeaf
 from distckpt.stats import Recorder
 from distckpt.store import Sink, Store, wants_aligned, writes_at_once
 from distckpt.waiting import Interrupt
@@ -107,12 +107,16 @@ class Layouts:
         self, tensors: Sequence[TensorLeaf], blobs: Mapping[str, bytes]
     ) -> dict[int, ShardImage]:
         """Return this rank's files, by their global number; they refer to the arrays."""
-        arrays: dict[int | str, Array] = {
-            name: np.frombuffer(blob, np.uint8) for name, blob in blobs.items()
-        }
-        arrays.update(enumerate(leaf.array for leaf in tensors))
+        arrays = [leaf.array for leaf in tensors]
+        more = {name: np.frombuffer(blob, np.uint8) for name, blob in blobs.items()}
         return {
-            file: ShardImage(layout, [(arrays[key], first) for key, first in self._places[file]])
+            file: ShardImage(
+                layout,
+                [
+                    (more[key] if isinstance(key, str) else arrays[key], first)
+                    for key, first in self._places[file]
+                ],
+            )
             for file, layout in self._files.items()
         }
 

@@ -41,8 +41,16 @@ _EASY_DIMENSIONS = 4
 _RULES = {BALANCED: pb.BALANCED, CEILING: pb.CEILING}
 
 
-def encode(manifest: Manifest) -> bytes:
-    """Encode a manifest, envelope included.
+@dataclass(frozen=True, slots=True)
+class EncodedStructure:
+    """What the manifests of one plan have in common, encoded: the messages of these names."""
+
+    tensors: bytes
+    layouts: bytes
+
+
+def encode_structure(manifest: Manifest) -> EncodedStructure:
+    """Encode a manifest's names, types and layouts.
 
     Raises:
         LayoutError: Beyond the limits of the format: `decode` would refuse it.
@@ -52,14 +60,31 @@ def encode(manifest: Manifest) -> bytes:
         raise LayoutError(f"{boxes} boxes; a checkpoint has at most {_MAX_BOXES}")
     # Fails where there are more than can be checked in so many dimensions.
     _check_cover([found for found in manifest.layouts if len(found.shape) > _EASY_DIMENSIONS])
+    layouts = _encode_layouts(manifest.layouts, len(manifest.file_length))
+    return EncodedStructure(
+        _encode_tensors(manifest).SerializeToString(), layouts.SerializeToString()
+    )
+
+
+def encode(manifest: Manifest, structure: EncodedStructure | None = None) -> bytes:
+    """Encode a manifest, envelope included.
+
+    Args:
+        manifest: The manifest.
+        structure: Its own, or that of another of the same plan, where it is known.
+
+    Raises:
+        LayoutError: As `encode_structure` does.
+    """
+    structure = structure or encode_structure(manifest)
     message = pb.Manifest(
         save_id=manifest.save_id,
         created_ns=manifest.created_ns,
         ranks=manifest.ranks,
         block_bytes=manifest.block_bytes,
         step=manifest.step,
-        tensors=_encode_tensors(manifest),
-        layouts=_encode_layouts(manifest.layouts, len(manifest.file_length)),
+        tensors=pb.Tensors.FromString(structure.tensors),
+        layouts=pb.Layouts.FromString(structure.layouts),
         files=pb.Files(
             length=manifest.file_length.tolist(),
             data_start=manifest.file_data_start.tolist(),
