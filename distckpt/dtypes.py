@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 
 import ml_dtypes
 import numpy as np
@@ -91,6 +92,7 @@ _FLOATS = frozenset({"float16", "float32", "float64", "bfloat16"})
 _SIGNED = frozenset({"int8", "int16", "int32", "int64"})
 
 
+@lru_cache(256)
 def find(dtype: np.dtype) -> Dtype | None:
     """Find the table's entry of a numpy dtype in any byte order; None if it can't be stored."""
     if dtype.fields is not None or dtype.subdtype is not None:

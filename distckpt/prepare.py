@@ -648,6 +648,9 @@ def _refuse_two_kinds(plan: WritePlan, values: Mapping[str, bytes]) -> None:
     Raises:
         LayoutError: Names that are: all of them.
     """
+    tensors, others = set(plan.names), set(plan.per_rank) | set(values)
+    if tensors.isdisjoint(others) and len(others) == len(plan.per_rank) + len(values):
+        return
     kinds: dict[str, list[str]] = {}
     for kind, names in (
         ("a tensor", plan.names),

@@ -12,7 +12,7 @@ import json
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from fastcrc.crc32 import iscsi as crc32c
@@ -79,8 +79,7 @@ def blob_key(name: str, rank: int) -> str:
     return f"{name}@rank{rank}"
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):  # thousands are made at a first save: a tuple is made fastest
     """A box of a tensor in a shard file.
 
     Attributes:
@@ -130,13 +129,13 @@ class ShardLayout:
             for piece, size in zip(self.pieces, sizes, strict=True)
         ]
         data_bytes = sum(sizes)
+        entries = _entries(self.pieces, sizes, block_bytes)
         self.data_start = DATA_ALIGNMENT
         # The table's entry is part of the header, and the table's length depends on the header's.
         while True:
             self.table_start = self.data_start + data_bytes
-            text = _header(
-                self.pieces, sizes, table_bytes(self.table_start, block_bytes), block_bytes
-            )
+            table = table_bytes(self.table_start, block_bytes)
+            text = entries + _entry(TABLE_KEY, "U8", [table], data_bytes, table) + b"}"
             needed = -(-(8 + len(text)) // DATA_ALIGNMENT) * DATA_ALIGNMENT
             if needed <= self.data_start:
                 break
@@ -299,23 +298,32 @@ def copy_run(array: Array, dtype: dtypes.Dtype, first: int, count: int, out: np.
         at += box.size
 
 
-def _header(pieces: Sequence[Piece], sizes: Sequence[int], table: int, block_bytes: int) -> bytes:
+def _entries(pieces: Sequence[Piece], sizes: Sequence[int], block_bytes: int) -> bytes:
+    """Write the header but for its last entry, the table's."""
     entries: dict[str, object] = {
         METADATA_KEY: {"format": "distckpt", "version": "1", "block_bytes": str(block_bytes)}
     }
     at = 0
-    for piece, size in zip(pieces, sizes, strict=True):
-        name, shape = piece.dtype.safetensors, list(piece.shape)
+    for (key, dtype, extents), size in zip(pieces, sizes, strict=True):
+        name, shape = dtype.safetensors, list(extents)
         if name is None:
             name = "U8"
-            shape += [piece.dtype.itemsize] if piece.dtype.itemsize > 1 else []
-        if piece.key in entries or piece.key in RESERVED_KEYS:
+            shape += [dtype.itemsize] if dtype.itemsize > 1 else []
+        if key in entries or key in RESERVED_KEYS:
             raise LayoutError(
-                f"{piece.key!r}: this key is "
-                + ("reserved" if piece.key in RESERVED_KEYS else "needed twice in one shard file")
+                f"{key!r}: this key is "
+                + ("reserved" if key in RESERVED_KEYS else "needed twice in one shard file")
                 + "; rename the tensor"
             )
-        entries[piece.key] = {"dtype": name, "shape": shape, "data_offsets": [at, at + size]}
+        entries[key] = {"dtype": name, "shape": shape, "data_offsets": [at, at + size]}
         at += size
-    entries[TABLE_KEY] = {"dtype": "U8", "shape": [table], "data_offsets": [at, at + table]}
-    return json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    return _json(entries)[:-1] + b","
+
+
+def _entry(key: str, dtype: str, shape: Sequence[int], start: int, size: int) -> bytes:
+    entry = {"dtype": dtype, "shape": shape, "data_offsets": [start, start + size]}
+    return _json({key: entry})[1:-1]
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()

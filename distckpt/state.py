@@ -351,31 +351,54 @@ def flatten(state: object) -> FlatState:
     """
     flat = FlatState([], {}, {}, state)
     problems: list[str] = []
-    seen: set[str] = set()
-    for leaf in _walk(state, problems, flat.changes):
-        name = leaf.name
-        if name in seen:
-            problems.append(f"{name!r}: two leaves of the state have this name; rename one")
-            continue
-        seen.add(name)
-        problem = _name_problem(name)
-        if problem:
-            problems.append(problem)
-        elif isinstance(leaf.value, PerRank):
-            flat.per_rank[name] = leaf
-        elif isinstance(leaf.value, PLAIN) and not isinstance(leaf.value, np.generic):
-            flat.values[name] = leaf
+    leaves = list(_walk(state, problems, flat.changes))
+    leaves = _well_named(leaves, problems)
+    tensors = flat.tensors
+    for leaf in leaves:
+        value = leaf.value
+        if type(value) is np.ndarray and value.size:
+            # Most are, and there may be thousands: what can be wrong with others isn't looked at.
+            known = dtypes.find(value.dtype)
+            if known is not None and value.ndim <= MAX_DIMENSIONS:
+                shape = value.shape
+                tensors.append(TensorLeaf(leaf, value, known, shape, _whole(shape), None))
+                continue
+        if isinstance(value, PerRank):
+            flat.per_rank[leaf.name] = leaf
+        elif isinstance(value, PLAIN) and not isinstance(value, np.generic):
+            flat.values[leaf.name] = leaf
         else:
             found = _tensor(leaf)
             if isinstance(found, str):
-                problems.append(f"{name!r}: {found}")
+                problems.append(f"{leaf.name!r}: {found}")
             else:
-                flat.tensors.append(found)
+                tensors.append(found)
     if problems:
         raise LayoutError(
             f"{len(problems)} leaves of the state can't be stored:\n  " + "\n  ".join(problems)
         )
     return flat
+
+
+def _well_named(leaves: list[Leaf], problems: list[str]) -> list[Leaf]:
+    """Keep the leaves that have a name of their own that can be stored."""
+    names = [leaf.name for leaf in leaves]
+    known = dict.fromkeys(names)
+    together = "".join(known)
+    # All at once, as mostly none is wrong.
+    easy = together.isascii() and "\0" not in together
+    if len(known) == len(leaves) and easy and max(map(len, names), default=0) <= MAX_NAME_BYTES:
+        return leaves
+    kept: dict[str, Leaf] = {}
+    for leaf in leaves:
+        problem = _name_problem(leaf.name)
+        if leaf.name in kept:
+            problem = f"{leaf.name!r}: two leaves of the state have this name; rename one"
+        if problem:
+            problems.append(problem)
+        else:
+            kept[leaf.name] = leaf
+    return list(kept.values())
 
 
 _NEW: Callable[..., Any] = tuple.__new__
@@ -639,17 +662,17 @@ def _children(node: object) -> Iterator[_Child]:
     """Yield (name, value, how to replace it, the Net that it is of), not going deeper."""
     adapted = _adapted(node)
     if adapted is not None and isinstance(adapted, Net):
-        for name, value in adapted.tensors().items():
-            yield name, value, partial(adapted.assign, name), adapted
-    elif adapted is not None:
-        yield from _children(adapted)
-    elif jax.is_node(node):  # also where it is a mapping or a dataclass, too
-        for key, value in jax.children(node):
-            yield key, value, None, None
-    elif _is_container(node):
-        yield from _plain_children(node)
-    else:
-        yield "", node, None, None
+        net = adapted
+        return (
+            (name, value, partial(net.assign, name), net) for name, value in net.tensors().items()
+        )
+    if adapted is not None:
+        return _children(adapted)
+    if jax.is_node(node):  # also where it is a mapping or a dataclass, too
+        return ((key, value, None, None) for key, value in jax.children(node))
+    if _is_container(node):
+        return _plain_children(node)
+    return iter([("", node, None, None)])
 
 
 def _plain_children(node: object) -> Iterator[_Child]:
@@ -679,11 +702,8 @@ def _is_named(item: object) -> bool:
     return isinstance(item, Mapping) and "data" in item and isinstance(item.get("name"), str)
 
 
-def _setter(container: object, key: object) -> Callable[[object], None]:
-    def replace(value: object) -> None:
-        container[key] = value  # type: ignore[index]
-
-    return replace
+def _setter(container: Any, key: object) -> Callable[[object], None]:  # noqa: ANN401  a mapping
+    return partial(operator.setitem, container, key)
 
 
 def _attribute(owner: object, name: str) -> Callable[[object], None]:
@@ -696,11 +716,6 @@ def _attribute(owner: object, name: str) -> Callable[[object], None]:
 def _tensor(leaf: Leaf) -> TensorLeaf | str:
     """Make a TensorLeaf, or say why it can't be one."""
     value = leaf.value
-    if type(value) is np.ndarray and value.size:
-        # Most are, and there may be thousands: what can be wrong with others needn't be looked at.
-        known = dtypes.find(value.dtype)
-        if known is not None and value.ndim <= MAX_DIMENSIONS:
-            return TensorLeaf(leaf, value, known, value.shape, _whole(value.shape), None)
     piece = value.array if isinstance(value, (Shard, FlatShard)) else value
     array = as_array(piece)
     if isinstance(array, str):

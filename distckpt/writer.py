@@ -81,14 +81,17 @@ class Layouts:
             part.source.tolist(),
             part.start.tolist(),
             part.stop.tolist(),
+            (part.stop - part.start).tolist(),
             strict=True,
         )
-        for file, item, source, start, stop in rows:
+        for file, item, source, start, stop, extent in rows:
             leaf = tensors[item]
             pad = len(start) - len(leaf.shape)
-            region = Region(tuple(start[pad:]), tuple(stop[pad:]))
-            key = piece_key(leaf.name, leaf.shape, region)
-            pieces.setdefault(file, []).append(Piece(key, leaf.dtype, region.shape))
+            shape = tuple(extent[pad:])
+            key = leaf.leaf.name
+            if shape != leaf.shape:
+                key = piece_key(key, leaf.shape, Region(tuple(start[pad:]), tuple(stop[pad:])))
+            pieces.setdefault(file, []).append(Piece(key, leaf.dtype, shape))
             self._places.setdefault(file, []).append((item, source))
         for name, length in blobs.items():
             piece = Piece(blob_key(name, rank), dtypes.BY_NAME["uint8"], (length,))
