@@ -73,8 +73,12 @@ def _write_file(save: Save, name: str, file: int, image: ShardImage) -> FileReco
     )
 
 
-def commit(save: Save) -> Waiting[tuple[Manifest | None, SaveStats]]:
+def commit(save: Save, *, blocks: bool = False) -> Waiting[tuple[Manifest | None, SaveStats]]:
     """Collective. Bring all ranks' outcomes together and write the manifest, which is the commit.
+
+    Args:
+        save: The save, written.
+        blocks: Whether the thread that drives this may wait for the storage: nothing else needs it.
 
     Returns:
         At the coordinator the manifest, and what the save cost all ranks; elsewhere None, and what
@@ -86,12 +90,12 @@ def commit(save: Save) -> Waiting[tuple[Manifest | None, SaveStats]]:
     """
     ranks: dict[int, RankStats] = {}
     with save.recorder.phase("commit"):
-        manifest = yield from _commit(save, ranks)
+        manifest = yield from _commit(save, ranks, blocks=blocks)
     ranks[save.operation.rank] = save.recorder.stats()
     return manifest, SaveStats(ranks)
 
 
-def _commit(save: Save, ranks: dict[int, RankStats]) -> Waiting[Manifest | None]:
+def _commit(save: Save, ranks: dict[int, RankStats], *, blocks: bool) -> Waiting[Manifest | None]:
     """Commit; at the coordinator, *ranks* takes what it cost each."""
     operation, store = save.operation, save.store
     outcome = {
@@ -113,7 +117,9 @@ def _commit(save: Save, ranks: dict[int, RankStats]) -> Waiting[Manifest | None]
             ranks.update(
                 {rank: stats.from_plain(one["stats"]) for rank, one in enumerate(outcomes)}
             )
-            manifest = yield from in_thread(lambda: _commit_at_coordinator(save, outcomes))
+            manifest = yield from in_thread(
+                lambda: _commit_at_coordinator(save, outcomes), here=blocks
+            )
     except Late as late:
         result = {"error": to_plain(late_error(late, store.url))}
     except Exception as exc:

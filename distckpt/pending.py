@@ -109,6 +109,7 @@ class PendingCheckpoint:
         self._unseen = unseen_of(team)
         self._on_committed = on_committed
         self._on_failed = on_failed
+        self._begun = threading.Event()  # the caller may go on
         self._written = threading.Event()
         self._ended = threading.Event()  # committed or failed
         self._closed = threading.Event()  # and what was to be done after the commit, too
@@ -124,6 +125,7 @@ class PendingCheckpoint:
         self._thread.start()
         if not concurrent:
             team.backlog.add(self._advance)
+        self._begun.set()
         if self._staging is not None and not self._staging.has_begun:
             with save.recorder.phase("stage"):
                 self._staging.wait_now()
@@ -210,6 +212,8 @@ class PendingCheckpoint:
 
     def _write(self) -> None:
         step_back()
+        # Else it would take a core, and the interpreter's lock, from the call that starts it.
+        self._begun.wait()
         with quick_switches:
             write(self._save)
         if self._staging is not None:
@@ -229,10 +233,11 @@ class PendingCheckpoint:
         return self._closed.is_set()
 
     def _protocol(self) -> Waiting[None]:
+        blocks = self._team.coordinator.concurrent  # the save's own thread drives this
         while not self._written.is_set():
             yield
         try:
-            manifest, stats = yield from commit(self._save)
+            manifest, stats = yield from commit(self._save, blocks=blocks)
             self._result = Checkpoint(self._save.store, manifest, self._save.save_id, stats)
         except BaseException as exc:  # noqa: BLE001  whoever waits raises it
             self._error = exc
@@ -243,7 +248,7 @@ class PendingCheckpoint:
         self._ended.set()
         if self._team.rank == COORDINATOR and (self._on_committed or self._on_failed):
             try:
-                yield from in_thread(self._afterwards)
+                yield from in_thread(self._afterwards, here=blocks)
             except Exception:
                 what = "committed" if self._result is not None else "not committed"
                 logger.exception(

@@ -24,7 +24,7 @@ _STEP_S = 1e-3
 _SHORTEST_PAUSE_S = 2e-5
 # Who stands still meanwhile looks for so long without a pause: the shortest takes three times as
 # long as it should.
-_BUSY_S = 3e-4
+_BUSY_S = 1e-3
 # How long a thread of a save waits for the interpreter's lock while another runs Python.
 _SWITCH_S = 1e-4
 # How long a process whose program ends with an error goes on with what is left to do.
@@ -204,11 +204,12 @@ def join_at_exit(name: str) -> None:
     before_executors_close(join)
 
 
-def in_thread(function: Callable[[], T]) -> Waiting[T]:
+def in_thread(function: Callable[[], T], *, here: bool = False) -> Waiting[T]:
     """Run a function in a thread of its own, and wait for it without blocking.
 
-    For I/O inside a protocol. Raises what the function raises; what is no Exception, such as a
-    library's panic, as a RuntimeError, since a protocol handles those.
+    For I/O inside a protocol; *here* runs it in this thread, which has nothing else to do. Raises
+    what the function raises; what is no Exception, such as a library's panic, as a RuntimeError,
+    since a protocol handles those.
     """
     done: list[T] = []
     failed: list[BaseException] = []
@@ -219,15 +220,18 @@ def in_thread(function: Callable[[], T]) -> Waiting[T]:
         except BaseException as exc:  # noqa: BLE001  raised below, where the protocol is driven
             failed.append(exc)
 
-    try:
-        thread = threading.Thread(target=run, name="distckpt-commit")
-        thread.start()
-    except RuntimeError:  # the interpreter is shutting down: there is nothing left to stall
+    if here:
         run()
     else:
-        while thread.is_alive():
-            yield
-        thread.join()
+        try:
+            thread = threading.Thread(target=run, name="distckpt-commit")
+            thread.start()
+        except RuntimeError:  # the interpreter is shutting down: there is nothing left to stall
+            run()
+        else:
+            while thread.is_alive():
+                yield
+            thread.join()
     if failed:
         if not isinstance(failed[0], Exception):
             raise RuntimeError(f"{type(failed[0]).__name__}: {failed[0]}") from failed[0]

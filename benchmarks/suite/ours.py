@@ -424,9 +424,9 @@ def _processor_time_of_commits() -> Iterator[list[float]]:
     found: list[float] = []
     original = pending_module.commit
 
-    def timed(*arguments: Any) -> Any:  # noqa: ANN401  as the original
+    def timed(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401  as the original
         began = time.process_time()
-        result = yield from original(*arguments)
+        result = yield from original(*arguments, **options)
         found.append(time.process_time() - began)
         return result
 
