@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from distckpt.state import FlatState
 from distckpt.team import Gathered, Operation, Team, ToAll
 from distckpt.waiting import Waiting
 
-_CACHED_PLANS = 2
+_CACHED_PLANS = 4
 _REPORT = ("loaded", "missing", "unexpected", "by_suffix", "cast")
 
 
@@ -135,13 +136,24 @@ class LoadMemory:
         found: LoadMemory = team.memory.setdefault("loads", cls())
         return found
 
-    def find(self, wants: _Wants) -> _Known | None:
-        """Return the newest plan of what a rank wants."""
-        return next((known for known in reversed(self.plans) if known.wants.is_like(wants)), None)
+    def find(self, wants: _Wants) -> list[int]:
+        """Return the numbers of the plans of what a rank wants."""
+        return [known.number for known in self.plans if known.wants.is_like(wants)]
 
-    def numbered(self, number: int | None) -> _Known | None:
-        """Return the plan of a number."""
-        return next((known for known in self.plans if known.number == number), None)
+    def fitting(
+        self, numbers: AbstractSet[int], manifest: Manifest, options: LoadOptions
+    ) -> tuple[int, LoadPlan] | None:
+        """At the coordinator, return the one of some plans that fits a checkpoint and options."""
+        for known in self.plans:
+            if (
+                known.number in numbers
+                and known.plan is not None
+                and known.manifest is not None
+                and known.choice == options.planning()
+                and manifest.is_like(known.manifest)
+            ):
+                return known.number, known.plan
+        return None
 
     def keep(self, known: _Known) -> None:
         """Remember a plan."""
@@ -187,33 +199,27 @@ def agree(
         f"verify={options.verify}, on_corrupt={options.on_corrupt!r})",
         "error": None if failure is None else to_plain(failure),
     }
-    known = None if failure is not None else memory.find(wants)
+    numbers = [] if failure is not None else memory.find(wants)
     made: list[tuple[LoadPlan, Manifest]] = []
     decide = partial(
         _decide, where=where, options=options, memory=memory, manifest=manifest, made=made
     )
-    number = None if known is None else known.number
-    told = {**call, "known": number, "wants": wants.plain() if known is None else None}
+    told = {**call, "known": numbers, "wants": None if numbers else wants.plain()}
     answer = yield from operation.agree(told, decide, f"join the load from {where}")
     if answer["again"]:
         operation = team.operation(options.timeout_s)
-        told = {**call, "known": None, "wants": wants.plain()}
+        told = {**call, "known": [], "wants": wants.plain()}
         answer = yield from operation.agree(told, decide, f"join the load from {where}")
-    if answer["share"] is None:
-        known = memory.numbered(number)
+    if answer["known"] is not None:
+        share = next(known.share for known in memory.plans if known.number == answer["known"])
     else:
-        known = _Known(operation.number, wants, _share(answer["share"], answer["report"]))
-        if made:
-            plan, found = made[-1]
-            known = _Known(
-                known.number, wants, known.share, plan.without_shares(), options.planning(), found
-            )
+        share = _share(answer["share"], answer["report"])
+        plan, found = made[-1] if made else (None, None)
         if answer["keep"]:
-            memory.keep(known)
-    if known is None:
-        raise LoadFailed(f"{where}: nothing was planned, and this rank knows no plan")
+            kept = None if plan is None else plan.without_shares()
+            memory.keep(_Known(operation.number, wants, share, kept, options.planning(), found))
     files = {number: StoredFile(*found) for number, *found in answer["files"]}
-    return operation, Part(known.share, files, answer["values"], answer["save_id"])
+    return operation, Part(share, files, answer["values"], answer["save_id"])
 
 
 def _decide(
@@ -228,20 +234,13 @@ def _decide(
     """At the coordinator: plan the load, if every rank is ready, and no known plan fits."""
     raise_together(calls.errors(), where, LoadFailed, "load", own_kind=True)
     distinct = [call for call, _ in calls.distinct()]
-    numbers = {call["known"] for call in distinct}
-    known = memory.numbered(numbers.pop()) if len(numbers) == 1 else None
     found = manifest()
-    choice = options.planning()
-    if (
-        known is not None
-        and known.plan is not None
-        and known.manifest is not None
-        and known.choice == choice
-        and found.is_like(known.manifest)
-    ):
-        plan = known.plan
+    common = set(distinct[0]["known"]).intersection(*(call["known"] for call in distinct))
+    fitting = memory.fitting(common, found, options)
+    if fitting is not None:
+        number, plan = fitting
         return [
-            {"again": False, "share": None, **plan.current(found, rank)}
+            {"again": False, "known": number, **plan.current(found, rank)}
             for rank in range(len(calls))
         ]
     if any(call["wants"] is None for call in distinct):
@@ -255,9 +254,10 @@ def _decide(
     return [
         {
             "again": False,
+            "known": None,
             "share": share,
             "report": report,
-            "keep": choice is not None,
+            "keep": options.planning() is not None,
             **plan.current(found, rank),
         }
         for rank, share in enumerate(plan.shares)
