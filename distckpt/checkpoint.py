@@ -12,7 +12,7 @@ from typing import overload
 import numpy as np
 
 from distckpt import codec
-from distckpt.coordinator import Solo
+from distckpt.coordinator import Solo, launched_by_mpi
 from distckpt.copies import Places, Work
 from distckpt.errors import (
     CheckpointError,
@@ -20,7 +20,7 @@ from distckpt.errors import (
     MatchError,
     UnsupportedFormat,
 )
-from distckpt.exchange import exchange
+from distckpt.exchange import exchange, threads_for
 from distckpt.foreign import ForeignStore
 from distckpt.formats import OURS
 from distckpt.hold import Hold
@@ -300,7 +300,10 @@ class Checkpoint:
         blocks = BlockReader(self._store, self._files, manifest.block_bytes)
 
         operation = Operation(Solo(), 0, 0.0)
-        failure = drive(exchange(operation, 2, work, blocks, _Whole(out, wants)))
+        # Of several ranks, each may be reading.
+        threads = 1 if launched_by_mpi() else threads_for(1)
+        into = _Whole(out, wants)
+        failure = drive(exchange(operation, 2, work, blocks, into, threads=threads))
         if failure is not None:
             self._refuse_gone(failure)
             raise failure
@@ -356,6 +359,11 @@ class _Whole:
             self._bytes[first:last].data
             for first, last in zip(start.tolist(), stop.tolist(), strict=True)
         ]
+
+    def takes_any(self, key: np.ndarray) -> bool:
+        """See `Landing`."""
+        del key
+        return True
 
     def put(self, key: int, start: tuple[int, ...], values: np.ndarray) -> None:
         """See `Landing`."""

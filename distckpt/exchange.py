@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from queue import Empty, SimpleQueue
 from typing import Protocol
 
 import numpy as np
@@ -31,6 +35,9 @@ from distckpt.waiting import Collections, Waiting
 _ROUNDS_AHEAD = 1
 # Where nothing is checked, bytes that nobody wants are read with the rest if they are no more.
 _GAP_BYTES = 16 << 10
+# What is less is read by one thread: to start others takes as long.
+_MUCH_BYTES = 32 << 20
+_MOST_THREADS = 4
 # Memory is taken in multiples of this, so that it fits again.
 _KEPT_BYTES = 1 << 16
 # Types that move elements of a size without looking at them.
@@ -60,6 +67,9 @@ class Landing(Protocol):
             start: (n,) first byte.
             stop: (n,) one past the last.
         """
+
+    def takes_any(self, key: np.ndarray) -> bool:
+        """Whether parts of these keys' boxes may be put by several threads at once."""
 
     def put(self, key: int, start: tuple[int, ...], values: np.ndarray) -> None:
         """Take a part of a key's box.
@@ -94,6 +104,7 @@ def exchange(
     into: Landing,
     *,
     skipped: Skipped | None = None,
+    threads: int = 1,
 ) -> Waiting[CheckpointError | None]:
     """Collective. Read this rank's blocks, hand out what others want, and take what it wants.
 
@@ -108,6 +119,7 @@ def exchange(
         into: Takes what this rank wants. Its memory may change before the bytes have been checked,
             unless `skipped` is given.
         skipped: Takes what is damaged or missing; None if that is a failure. On all ranks alike.
+        threads: How many may read, where that is faster: from local files, if there is much.
 
     Returns:
         None, or the first failure of this rank, or that another rank reported. Never raises one:
@@ -115,12 +127,36 @@ def exchange(
     """
     if not len(work):
         return None
-    exchanged = _Exchange(operation, step, work, blocks, into, skipped=skipped)
+    exchanged = _Exchange(operation, step, work, blocks, into, skipped=skipped, threads=threads)
     try:
-        yield from exchanged.run()
+        with exchanged.helpers or nullcontext():
+            yield from exchanged.run()
     except Late as late:
         return late
     return exchanged.failure
+
+
+def threads_for(neighbours: int) -> int:
+    """Say how many threads may read, where so many ranks, this one included, share the machine."""
+    # Those that this process may run on: launchers bind ranks to some.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(_MOST_THREADS, (cores or 1) // neighbours))
+
+
+class _Worker:
+    """What one thread needs to read blocks.
+
+    Attributes:
+        blocks: Reads them.
+    """
+
+    def __init__(self, blocks: BlockReader) -> None:
+        self.blocks = blocks
+
+    @cached_property
+    def gaps(self) -> np.ndarray:
+        """Memory for what lies between the rows of a block, at its place there."""
+        return np.empty(self.blocks.block_bytes, np.uint8)
 
 
 class _Exchange:
@@ -135,6 +171,7 @@ class _Exchange:
         into: Landing,
         *,
         skipped: Skipped | None,
+        threads: int,
     ) -> None:
         self._operation, self._step, self._work = operation, step, work
         self._blocks, self._into, self._skipped = blocks, into, skipped
@@ -174,10 +211,15 @@ class _Exchange:
             for box in boxes:
                 self._boxes_of_part.setdefault((row, box.place // PART_BYTES), []).append(box)
 
-    @cached_property
-    def _gaps(self) -> np.ndarray:
-        """Memory for what lies between the rows of a block, at its place there."""
-        return np.empty(self._work.block_bytes, np.uint8)
+        self._worker = _Worker(blocks)
+        count = sum(map(len, self._reads.of_round.values()))
+        self._threads = threads if direct and count * work.block_bytes >= _MUCH_BYTES else 1
+        self.helpers = (
+            ThreadPoolExecutor(self._threads - 1, "distckpt-load") if self._threads > 1 else None
+        )
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        for _ in range(self._threads - 1):
+            self._idle.put(_Worker(blocks.another()))
 
     def run(self) -> Waiting[None]:
         """Do all rounds."""
@@ -257,28 +299,80 @@ class _Exchange:
     def _read_blocks(self, reads: Sequence[Read], done: _Round) -> None:
         whole = [read for read in reads if not read.stretches and not read.in_parts]
         self._blocks.expect((read.file, read.block) for read in whole)
+        if self.helpers is None:
+            for read in reads:
+                self._read_one(read, self._worker, done)
+            return
+        # What a thread of its own may not do is left to this one, which then helps the others.
+        queue = SimpleQueue[Read]()
+        mine: list[Read] = []
         for read in reads:
-            first, last = read.rest
-            rows = self._reads.rest[first:last]
-            start = read.block * self._work.block_bytes
-            if read.in_parts:
-                parts = self._blocks.read_parts(read.file, read.block, PART_BYTES)
-                for part, data in enumerate(parts):
-                    self._hand_out(rows, data, start, done, part=part)
-                continue
-            for stretch in read.stretches:
-                self._read_stretch(read, stretch, done)
-            if not len(rows):
-                continue
-            if read.stretches:
-                self._hand_out(rows, self._gaps, start, done)
-            else:
-                self._hand_out(rows, self._read_block(read.file, read.block), start, done)
+            (queue.put if self._is_for_any(read) else mine.append)(read)
+        helping = [self.helpers.submit(self._help, queue, done) for _ in range(self._threads - 1)]
+        try:
+            for read in mine:
+                self._read_one(read, self._worker, done)
+            self._read_all(queue, self._worker, done)
+        finally:
+            # Others' memory is written until they have ended.
+            wait(helping)
+        for helper in helping:
+            self._blocks.add(helper.result())
 
-    def _read_block(self, file: int, block: int) -> np.ndarray | None:
+    def _is_for_any(self, read: Read) -> bool:
+        """Whether any thread may read a block."""
+        rows = self._reads.rest[slice(*read.rest)]
+        own = rows[self._own[rows]]
+        return not len(own) or self._into.takes_any(self._work.key[own])
+
+    def _help(self, queue: SimpleQueue[Read], done: _Round) -> int:
+        """In a helper's thread: read blocks; returns how many bytes."""
+        worker = self._idle.get()
+        before = worker.blocks.bytes_read
+        try:
+            self._read_all(queue, worker, done)
+        finally:
+            self._idle.put(worker)
+        return worker.blocks.bytes_read - before
+
+    def _read_all(self, queue: SimpleQueue[Read], worker: _Worker, done: _Round) -> None:
+        """Read blocks until none is left; after a failure none is."""
+        while True:
+            try:
+                read = queue.get_nowait()
+            except Empty:
+                return
+            try:
+                self._read_one(read, worker, done)
+            except BaseException:
+                with suppress(Empty):
+                    while True:
+                        queue.get_nowait()
+                raise
+
+    def _read_one(self, read: Read, worker: _Worker, done: _Round) -> None:
+        """Read a block, and bring what it holds to where it belongs."""
+        first, last = read.rest
+        rows = self._reads.rest[first:last]
+        start = read.block * self._work.block_bytes
+        if read.in_parts:
+            parts = worker.blocks.read_parts(read.file, read.block, PART_BYTES)
+            for part, data in enumerate(parts):
+                self._hand_out(rows, data, start, done, part=part)
+            return
+        for stretch in read.stretches:
+            self._read_stretch(read, stretch, worker, done)
+        if not len(rows):
+            return
+        if read.stretches:
+            self._hand_out(rows, worker.gaps, start, done)
+        else:
+            self._hand_out(rows, self._read_block(read.file, read.block, worker), start, done)
+
+    def _read_block(self, file: int, block: int, worker: _Worker) -> np.ndarray | None:
         """Read a block; None if it is damaged and may be skipped."""
         try:
-            return self._blocks.read(file, block)
+            return worker.blocks.read(file, block)
         except (CorruptCheckpoint, IncompleteCheckpoint) as exc:
             if self._skipped is None:
                 raise
@@ -286,16 +380,16 @@ class _Exchange:
             self._skipped.damage.append(str(exc))
             return None
 
-    def _read_stretch(self, read: Read, stretch: Stretch, done: _Round) -> None:
+    def _read_stretch(self, read: Read, stretch: Stretch, worker: _Worker, done: _Round) -> None:
         """Read rows where they belong, and what lies between them to its place in the block."""
         first, last = stretch.rows
         buffers = self._memories(self._reads.homes[first:last], done)
         for number, size, place in reversed(stretch.gaps):
-            buffers.insert(number - first, self._gaps.data[place : place + size])
+            buffers.insert(number - first, worker.gaps.data[place : place + size])
         if stretch.is_block:
-            self._blocks.read_into(read.file, read.block, buffers)
+            worker.blocks.read_into(read.file, read.block, buffers)
         else:
-            self._blocks.read_unchecked(read.file, stretch.start_byte, buffers)
+            worker.blocks.read_unchecked(read.file, stretch.start_byte, buffers)
 
     def _memories(self, rows: np.ndarray, done: _Round | None = None) -> list[memoryview]:
         """Return the memory that rows are read to: this rank's own, or what will be sent."""

@@ -27,7 +27,7 @@ from distckpt.errors import (
     text,
     to_plain,
 )
-from distckpt.exchange import Skipped, exchange
+from distckpt.exchange import Skipped, exchange, threads_for
 from distckpt.formats import locate
 from distckpt.load_plan import LoadOptions
 from distckpt.manifest import Manifest
@@ -213,7 +213,15 @@ def _execute(
     # it partly changed.
     if share.looks:
         yield from settle(4, failure)
-    failure = yield from exchange(operation, 2, share.second, blocks, filling, skipped=skipped)
+    failure = yield from exchange(
+        operation,
+        2,
+        share.second,
+        blocks,
+        filling,
+        skipped=skipped,
+        threads=threads_for(part.neighbours),
+    )
     touched = dict.fromkeys(filling.names)
     if failure is None:
         try:
@@ -272,6 +280,11 @@ class _Looking:
     def memories(self, key: np.ndarray, start: np.ndarray, stop: np.ndarray) -> list[memoryview]:
         """There are no places."""
         raise NotImplementedError
+
+    def takes_any(self, key: np.ndarray) -> bool:
+        """See `Landing`: what is lost is counted by one."""
+        del key
+        return False
 
     def put(self, key: int, start: tuple[int, ...], values: np.ndarray) -> None:
         """See `Landing`."""

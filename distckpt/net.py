@@ -96,8 +96,10 @@ class Destination:
 
     def arrived(self, count: int) -> None:
         """Note that so many elements are there; the last ones put a new array in place."""
+        if self.in_place:
+            return
         self._missing -= count
-        if not self.in_place and self._missing == 0:
+        if self._missing == 0:
             self.finish()
 
     def finish(self) -> None:
@@ -220,6 +222,11 @@ class Filling:
                 item.tolist(), start.tolist(), stop.tolist(), is_whole.tolist(), strict=True
             )
         ]
+
+    def takes_any(self, key: np.ndarray) -> bool:
+        """See `Landing`. Where new arrays are put in place, that takes turns."""
+        targets = self._wanted.targets
+        return all(targets[number].destination.in_place for number in key.tolist())
 
     def put(self, key: int, start: tuple[int, ...], values: np.ndarray) -> None:
         """See `Landing`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -61,12 +62,14 @@ class Part:
         files: Number → file, of those that it reads.
         values: Wanted name → plain value.
         save_id: The checkpoint's.
+        neighbours: How many ranks load on this rank's machine, this one included.
     """
 
     share: Share
     files: dict[int, StoredFile]
     values: dict[str, Any]
     save_id: int
+    neighbours: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +201,7 @@ def agree(
         "call": f"load_into from {where!r} (strict={options.strict}, cast={options.cast}, "
         f"verify={options.verify}, on_corrupt={options.on_corrupt!r})",
         "error": None if failure is None else to_plain(failure),
+        "node": team.coordinator.node,
     }
     numbers = [] if failure is not None else memory.find(wants)
     made: list[tuple[LoadPlan, Manifest]] = []
@@ -218,8 +222,8 @@ def agree(
         if answer["keep"]:
             kept = None if plan is None else plan.without_shares()
             memory.keep(_Known(operation.number, wants, share, kept, options.planning(), found))
-    files = {number: StoredFile(*found) for number, *found in answer["files"]}
-    return operation, Part(share, files, answer["values"], answer["save_id"])
+    files = {number: StoredFile(*stored) for number, *stored in answer["files"]}
+    return operation, Part(share, files, answer["values"], answer["save_id"], answer["neighbours"])
 
 
 def _decide(
@@ -235,14 +239,22 @@ def _decide(
     raise_together(calls.errors(), where, LoadFailed, "load", own_kind=True)
     distinct = [call for call, _ in calls.distinct()]
     found = manifest()
+    nodes: Counter[str] = Counter()
+    for call, some in calls.distinct():
+        nodes[call["node"]] += len(some)
+
+    def current(plan: LoadPlan, rank: int) -> dict[str, Any]:
+        return {
+            "again": False,
+            "neighbours": nodes[calls[rank]["node"]],
+            **plan.current(found, rank),
+        }
+
     common = set(distinct[0]["known"]).intersection(*(call["known"] for call in distinct))
     fitting = memory.fitting(common, found, options)
     if fitting is not None:
         number, plan = fitting
-        return [
-            {"again": False, "known": number, **plan.current(found, rank)}
-            for rank in range(len(calls))
-        ]
+        return [{"known": number, **current(plan, rank)} for rank in range(len(calls))]
     if any(call["wants"] is None for call in distinct):
         return ToAll({"again": True})
     try:
@@ -253,12 +265,11 @@ def _decide(
     report = _report_to_plain(plan.report)
     return [
         {
-            "again": False,
             "known": None,
             "share": share,
             "report": report,
             "keep": options.planning() is not None,
-            **plan.current(found, rank),
+            **current(plan, rank),
         }
         for rank, share in enumerate(plan.shares)
     ]

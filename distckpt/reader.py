@@ -167,6 +167,18 @@ class BlockReader:
         self.bytes_read = 0
         self.on_read: Callable[[int], None] | None = None
 
+    def another(self) -> BlockReader:
+        """Make a reader of the same for another thread, which tells nobody of its progress."""
+        return BlockReader(
+            self._store, self._files, self.block_bytes, verify=self.verify, like=self
+        )
+
+    def add(self, bytes_read: int) -> None:
+        """Count what another has read."""
+        self.bytes_read += bytes_read
+        if self.on_read is not None:
+            self.on_read(self.bytes_read)
+
     def expect(self, blocks: Iterable[tuple[int, int]]) -> None:
         """Say which blocks, (file, block), will be read until this is called again, each once.
 
@@ -337,6 +349,4 @@ class BlockReader:
                 f"{self._store.url}/{name}: the manifest names this file, and it is not there: it "
                 "was deleted, or not all files were copied"
             ) from exc
-        self.bytes_read += length
-        if self.on_read is not None:
-            self.on_read(self.bytes_read)
+        self.add(length)
