@@ -25,9 +25,9 @@ _WORTH_BYTES = 1 << 18
 PART_BYTES = 1 << 20
 # A run of so many bytes is sent as it lies; what is shorter goes together with others.
 _LONG_BYTES = 1 << 18
-# Where they need not be read one by one, so many blocks are read at once; other threads may read
-# others meanwhile.
-_BLOCKS_AT_ONCE = 2
+# Where blocks need not be read one by one, so much is read at once; other threads may read more
+# meanwhile.
+_AT_ONCE_BYTES = 8 << 20
 # How much goes together: it is to stay in the processor's cache until it is taken apart.
 _TOGETHER_BYTES = 1 << 20
 
@@ -461,7 +461,7 @@ class Reads:
         new[1:] = number[1:] != number[:-1]
         apart = start[1:] - stop[:-1]
         joined = is_loose[1:] & is_loose[:-1] & (apart >= 0) & (apart <= gap_bytes)
-        for column in (work.round, work.file, work.block // _BLOCKS_AT_ONCE):
+        for column in (work.round, work.file, work.start_byte // _AT_ONCE_BYTES):
             joined &= column[rows[1:]] == column[rows[:-1]]
         new[1:] = np.where(is_loose[1:], ~joined, new[1:])
         firsts = np.flatnonzero(new)

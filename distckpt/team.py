@@ -52,6 +52,8 @@ _STEPS = 8  # message kinds of one operation
 _OPERATIONS = BACKGROUND_TAG // _STEPS - 1
 # The tags that this leaves free are for what outlives operations.
 HEARTBEAT_TAG = _OPERATIONS * _STEPS
+# How often one looks for a message that was announced: MPI brings it while somebody looks.
+_POLLS = 20
 # How long the coordinator waits for ranks to say that they are there, before it names the late: in
 # all, less than the others wait for it, and since the last has answered.
 _ROLL_CALL_S, _QUIET_S = 10.0, 2.0
@@ -447,7 +449,8 @@ class Operation:
         """
         deadline = time.monotonic() + self.timeout_s
         content = memory.cast("B")
-        while not poll_into(self._coordinator, self._first_tag + step, source, content):
+        tag = self._first_tag + step
+        while not any(poll_into(self._coordinator, tag, source, content) for _ in range(_POLLS)):
             if time.monotonic() > deadline:
                 raise Late([source], self.timeout_s, what)
             yield
