@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 
@@ -13,9 +15,23 @@ from hypothesis import strategies as st
 from strategies import split
 
 import distckpt
-from distckpt import FlatShard, LoadFailed, Region, Shard, commit, copies, exchange, prepare, writer
+from distckpt import (
+    FlatShard,
+    LoadFailed,
+    Region,
+    Shard,
+    checkpoint,
+    commit,
+    copies,
+    exchange,
+    loader,
+    prepare,
+    writer,
+)
 from distckpt.copies import find_runs
+from distckpt.load_plan import LoadOptions
 from distckpt.store import PrefixStore, open_object, open_store, opens
+from distckpt.team import connect
 from distckpt.testing import MemoryStore, run_ranks
 
 _BLOCK = 4096
@@ -33,6 +49,19 @@ def _small_sizes():
         patch.setattr(copies, "PART_BYTES", 1024)
         patch.setattr(exchange, "PART_BYTES", 1024)
         patch.setattr(exchange, "_GAP_BYTES", 200)
+        yield
+
+
+_BY_THREADS = pytest.mark.parametrize("threads", [1, 3])
+
+
+@contextmanager
+def reading_by(threads):
+    """Have so many threads read for each rank, however little it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (loader, checkpoint):
+            patch.setattr(module, "threads_for", lambda neighbours: threads)
+        patch.setattr(exchange, "_MUCH_BYTES", 0)
         yield
 
 
@@ -181,17 +210,20 @@ def right(tensors):
     )
 
 
-@given(cases(), st.booleans())
-def test_any_layout_and_any_memory_gets_just_its_bytes(case, verify):
+@_BY_THREADS
+@given(case=cases(), verify=st.booleans())
+def test_any_layout_and_any_memory_gets_just_its_bytes(threads, case, verify):
     saving, loading, tensors = case
     store = ScatteringStore()
     save(store, saving, tensors)
-    load(store, loading, tensors, verify=verify)
+    with reading_by(threads):
+        load(store, loading, tensors, verify=verify)
     assert right(tensors)
 
 
-@given(cases(), st.integers(0, 1 << 20))
-def test_damage_fails_a_load_and_every_changed_tensor_is_named(case, place):
+@_BY_THREADS
+@given(case=cases(), place=st.integers(0, 1 << 20))
+def test_damage_fails_a_load_and_every_changed_tensor_is_named(threads, case, place):
     saving, loading, tensors = case
     store = ScatteringStore()
     save(store, saving, tensors)
@@ -202,7 +234,8 @@ def test_damage_fails_a_load_and_every_changed_tensor_is_named(case, place):
     store.objects[name] = bytes(data)
     failed = None
     try:
-        load(store, loading, tensors)
+        with reading_by(threads):
+            load(store, loading, tensors)
     except LoadFailed as exc:
         failed = exc
     changed = {
@@ -226,15 +259,17 @@ def test_damage_fails_a_load_and_every_changed_tensor_is_named(case, place):
             assert ((found == part_of(left, leaf)) | (found == part_of(whole, leaf))).all()
 
 
-@given(st.data())
-def test_a_slice_is_numpys(data):
+@_BY_THREADS
+@given(data=st.data())
+def test_a_slice_is_numpys(threads, data):
     shape = data.draw(st.sampled_from([(3000,), (40, 60), (6, 20, 30)]))
     whole = np.arange(np.prod(shape), dtype="f4").reshape(shape)
     store = ScatteringStore()
     distckpt.save(store, {"w": whole})
     box = data.draw(st.tuples(*[st.tuples(st.integers(0, n), st.integers(0, n)) for n in shape]))
     index = tuple(slice(min(ends), max(ends)) for ends in box)
-    assert np.array_equal(distckpt.open(store)["w"][index], whole[index])
+    with reading_by(threads):
+        assert np.array_equal(distckpt.open(store)["w"][index], whole[index])
 
 
 # ------------------------------------------------------------------------------------ what is read
@@ -287,7 +322,8 @@ def test_a_block_of_which_little_is_wanted_is_checked_before_anything_changes():
     assert caught.value.touched == []
 
 
-def test_each_byte_is_read_once_however_many_ranks_want_it():
+@_BY_THREADS
+def test_each_byte_is_read_once_however_many_ranks_want_it(threads):
     store = ScatteringStore()
     whole = np.random.default_rng(0).random((100, 100))
     distckpt.save(store, {"w": whole, "v": whole[0]})
@@ -299,7 +335,8 @@ def test_each_byte_is_read_once_however_many_ranks_want_it():
         assert np.array_equal(net["v"], whole[0])
         return report.bytes_read
 
-    read = run_ranks(3, go)
+    with reading_by(threads):
+        read = run_ranks(3, go)
     assert max(read) <= sum(shards_of(store).values()) + 2 * 100  # a checksum table a rank
 
 
@@ -310,6 +347,93 @@ def test_without_the_method_a_store_is_read_block_by_block():
     assert not opens(Plain())
     assert not opens(PrefixStore(Plain(), "x"))
     assert opens(PrefixStore(ScatteringStore(), "x"))
+
+
+# ------------------------------------------------------------------------------------------ threads
+
+
+class Watched(dict):
+    """A net that notes which threads put new arrays in place."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.threads = []
+
+    def __setitem__(self, name, value):
+        self.threads.append(threading.current_thread())
+        super().__setitem__(name, value)
+
+
+def read_only(shape, dtype):
+    array = np.zeros(shape, dtype)
+    array.flags.writeable = False
+    return array
+
+
+@_BY_THREADS
+def test_threads_share_the_blocks_but_new_arrays_are_put_in_place_by_the_caller(threads):
+    state = {f"t{number}": np.full((50, 40), number, "f4") for number in range(30)}
+    store = ScatteringStore()
+    distckpt.save(store, state)
+    told = []
+    net = Watched()
+    for number, name in enumerate(state):
+        kinds = [
+            np.zeros((50, 40), "f4"),  # in place
+            np.zeros((50, 80), "f4")[:, ::2],  # and box by box
+            np.zeros((50, 40), "f8"),  # and converted
+            read_only((50, 40), "f4"),
+            read_only((50, 40), "f8"),
+        ]
+        dict.__setitem__(net, name, kinds[number % len(kinds)])
+    options = LoadOptions(
+        progress=lambda done, total: told.append((threading.current_thread(), done))
+    )
+    with reading_by(threads):
+        report = loader.load_into(connect(), store, net, options)
+    assert all((net[name] == state[name]).all() for name in state)
+    caller = threading.current_thread()
+    assert len(net.threads) == 12
+    assert set(net.threads) == {caller}
+    assert {thread for thread, _ in told} == {caller}
+    done = [count for _, count in told]
+    assert done == sorted(done)
+    # All of the file, but for the block that has its header only.
+    assert report.bytes_read == sum(shards_of(store).values()) - _BLOCK
+
+
+@_BY_THREADS
+def test_a_failure_of_one_thread_fails_the_load_when_all_have_ended(threads):
+    class Failing(ScatteringStore):
+        def read_into(self, name, start_byte, buffer):
+            if start_byte // _BLOCK == 40:
+                raise distckpt.StoreError("the disk is gone", url="x")
+            super().read_into(name, start_byte, buffer)
+
+    store = Failing()
+    distckpt.save(store, {f"t{number}": np.ones(1024, "f4") for number in range(200)})
+    before = threading.active_count()
+    with reading_by(threads), pytest.raises(LoadFailed, match="the disk is gone") as caught:
+        distckpt.load_into(store, {f"t{number}": np.zeros(1024, "f4") for number in range(200)})
+    assert caught.value.touched
+    assert threading.active_count() == before
+    # What comes after it is left.
+    assert len(store.scattered) < 190
+
+
+def test_there_are_as_many_threads_as_cores_for_each_rank_of_the_machine(monkeypatch):
+    monkeypatch.setattr(exchange.os, "sched_getaffinity", lambda process: set(range(8)))
+    assert [exchange.threads_for(ranks) for ranks in (1, 2, 3, 4, 8, 100)] == [4, 4, 2, 2, 1, 1]
+    neighbours = []
+    monkeypatch.setattr(loader, "threads_for", lambda ranks: neighbours.append(ranks) or 1)
+    store = MemoryStore()
+    distckpt.save(store, {"w": np.ones(3)})
+    run_ranks(
+        3,
+        lambda comm: distckpt.load_into(store, {"w": np.zeros(3)}, comm=comm),
+        nodes=["a", "b", "a"],
+    )
+    assert sorted(neighbours) == [1, 2, 2]
 
 
 # ------------------------------------------------------------------------------------------- stores
