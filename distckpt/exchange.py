@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -308,8 +308,12 @@ class _Exchange:
         mine: list[Read] = []
         for read in reads:
             (queue.put if self._is_for_any(read) else mine.append)(read)
-        helping = [self.helpers.submit(self._help, queue, done) for _ in range(self._threads - 1)]
+        helping: list[Future[int]] = []
         try:
+            with suppress(RuntimeError):  # the program is ending, or has too many threads already
+                helping.extend(
+                    self.helpers.submit(self._help, queue, done) for _ in range(self._threads - 1)
+                )
             for read in mine:
                 self._read_one(read, self._worker, done)
             self._read_all(queue, self._worker, done)

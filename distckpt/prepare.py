@@ -41,7 +41,7 @@ from distckpt.plan import (
     summarise,
 )
 from distckpt.shardfile import RESERVED_KEYS, ShardImage
-from distckpt.staging import NEVER, Staging, when_copied
+from distckpt.staging import LATER, NEVER, NOW, Staging, when_copied
 from distckpt.state import FlatState, TensorLeaf
 from distckpt.stats import Recorder
 from distckpt.store import Store, open_store
@@ -50,6 +50,7 @@ from distckpt.waiting import Interrupt, Waiting, no_collections
 from distckpt.writer import FileRecord, Layouts
 
 _CACHED_PLANS = 4
+_NOTHING = describe([])
 
 OnFailure = Literal["raise", "warn"]
 Lazy = bool | str | Sequence[str]
@@ -157,7 +158,7 @@ class _Mine:
     where: str
     store: Store | None = None
     flat: FlatState = field(default_factory=lambda: FlatState([], {}, {}))
-    held: Holdings = field(default_factory=lambda: describe([]))
+    held: Holdings = _NOTHING
     values: dict[str, bytes] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     metadata: Mapping[str, object] | None = None
@@ -390,7 +391,14 @@ def _layouts(known: Known, mine: _Mine, *, rank: int) -> Layouts:
 def _when(tensors: Sequence[TensorLeaf], lazy: Lazy) -> list[int]:
     """Say when each tensor is copied."""
     if isinstance(lazy, bool):
-        return [when_copied(leaf, lazy=lazy) for leaf in tensors]
+        most = LATER if lazy else NOW
+        return [
+            # Asked first what is true of most.
+            most
+            if type(leaf.array) is np.ndarray and leaf.array.flags.writeable
+            else when_copied(leaf, lazy=lazy)
+            for leaf in tensors
+        ]
     prefixes = (lazy,) if isinstance(lazy, str) else tuple(lazy)
     return [when_copied(leaf, lazy=leaf.name.startswith(prefixes)) for leaf in tensors]
 

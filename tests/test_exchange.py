@@ -421,6 +421,28 @@ def test_a_failure_of_one_thread_fails_the_load_when_all_have_ended(threads):
     assert len(store.scattered) < 190
 
 
+@pytest.mark.parametrize("started", [0, 1])
+def test_where_no_thread_can_be_started_the_caller_reads_all(monkeypatch, started):
+    """As when the program is ending already."""
+    tried = []
+    submit = exchange.ThreadPoolExecutor.submit
+
+    def refuse(pool, *arguments):
+        tried.append(arguments)
+        if len(tried) > started:
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+        return submit(pool, *arguments)
+
+    monkeypatch.setattr(exchange.ThreadPoolExecutor, "submit", refuse)
+    store = ScatteringStore()
+    distckpt.save(store, {"w": np.arange(4000.0)})
+    net = {"w": np.zeros(4000)}
+    with reading_by(3):
+        distckpt.load_into(store, net)
+    assert tried
+    assert np.array_equal(net["w"], np.arange(4000.0))
+
+
 def test_there_are_as_many_threads_as_cores_for_each_rank_of_the_machine(monkeypatch):
     monkeypatch.setattr(exchange.os, "sched_getaffinity", lambda process: set(range(8)))
     assert [exchange.threads_for(ranks) for ranks in (1, 2, 3, 4, 8, 100)] == [4, 4, 2, 2, 1, 1]
