@@ -103,6 +103,14 @@ def find(dtype: np.dtype) -> Dtype | None:
     return entry
 
 
+def are_exported(codes: np.ndarray) -> np.ndarray:
+    """Tell for many codes whether Python's buffers know their types, and not numpy alone."""
+    known = np.zeros(256, bool)
+    known[[entry.code for entry in TABLE if entry.numpy.isbuiltin == 1]] = True
+    found: np.ndarray = known[codes]
+    return found
+
+
 def itemsizes(codes: np.ndarray) -> np.ndarray:
     """Return the bytes of an element for each of many codes; 0 for an unknown one."""
     sizes = np.zeros(256, np.int64)

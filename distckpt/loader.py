@@ -222,15 +222,15 @@ def _execute(
         skipped=skipped,
         threads=threads_for(part.neighbours),
     )
-    touched = dict.fromkeys(filling.names)
+    touched = filling.names
     if failure is None:
         try:
             _finish(wanted, share)
             for name, value in per_rank.items():
-                touched[name] = None
+                touched.append(name)
                 wanted.per_rank[name].replace(PerRank(value))
             for name, value in part.values.items():
-                touched[name] = None
+                touched.append(name)
                 wanted.values[name].replace(value)
         except Exception as exc:  # noqa: BLE001  a net's own assign() may raise anything
             failure = CheckpointError(text(exc))

@@ -190,11 +190,12 @@ class Filling:
         self._length = np.full(len(tensors), -1)
         if as_stored.any():
             filled = np.array(_filled(tensors, self._arrays), bool)
-            # What Python can hand out as it is.
-            places = np.flatnonzero(filled).tolist()
-            known = [i for i in places if self._arrays[i].dtype.isbuiltin == 1]
-            self._length[known] = [self._arrays[i].nbytes for i in known]
             size = (stop - start).prod(axis=1)
+            nbytes = np.zeros(len(tensors), np.int64)
+            np.add.at(nbytes, self._item, size)
+            nbytes *= dtypes.itemsizes(codes)
+            # What Python can hand out as it is.
+            self._length = np.where(filled & dtypes.are_exported(codes), nbytes, -1)
             before = np.cumsum(size) - size
             firsts = np.searchsorted(self._item, self._item)
             within = (before - before[firsts]) * dtypes.itemsizes(codes)[self._item]
@@ -205,7 +206,9 @@ class Filling:
     def names(self) -> list[str]:
         """Names of the tensors of which any byte may have changed."""
         names = self._wanted.held.names
-        return [names[item] for item in np.unique(self._item[self.touched]).tolist()]
+        changed = np.zeros(len(names), bool)
+        changed[self._item[self.touched]] = True
+        return [names[item] for item in np.flatnonzero(changed).tolist()]
 
     def dtype(self, key: int) -> np.dtype:
         """See `Landing`."""

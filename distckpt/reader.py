@@ -19,7 +19,7 @@ from distckpt.errors import (
 )
 from distckpt.foreign import ForeignStore
 from distckpt.manifest import MANIFEST_NAME, Manifest, table_bytes
-from distckpt.shardfile import checksum, table_digest
+from distckpt.shardfile import checksum, checksum_all, table_digest
 from distckpt.store import (
     OpenObject,
     Store,
@@ -247,10 +247,7 @@ class BlockReader:
 
     def _check(self, file: int, block: int, buffers: Sequence[memoryview]) -> None:
         if self._is_checked(file):
-            found = 0
-            for buffer in buffers:
-                found = checksum(buffer, found)
-            self._compare(file, block, found)
+            self._compare(file, block, checksum_all(buffers))
 
     def _is_checked(self, file: int) -> bool:
         return self.verify and bool(self._files[file].digest)

@@ -11,7 +11,8 @@ import hashlib
 import json
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,14 @@ RESERVED_KEYS = frozenset({TABLE_KEY, METADATA_KEY})
 def checksum(data: memoryview | bytes, before: int = 0) -> int:
     """CRC32C of a contiguous buffer, or of what follows bytes whose CRC32C is known."""
     return crc32c(data, before)
+
+
+def checksum_all(buffers: Iterable[memoryview]) -> int:
+    """CRC32C of contiguous buffers, one after another."""
+    found = 0
+    for buffer in buffers:
+        found = crc32c(buffer, found)
+    return found
 
 
 def checksum_run(array: Array, dtype: dtypes.Dtype, first: int, count: int) -> int:
@@ -172,8 +181,13 @@ class ShardImage:
     def __init__(self, layout: ShardLayout, sources: Sequence[tuple[Array, int]]) -> None:
         self.layout = layout
         self._sources = sources
-        # Asked first what is true of most: thousands of whole arrays are seen as bytes.
-        self._views = [
+
+    @cached_property
+    def _views(self) -> list[np.ndarray | None]:
+        """The pieces' bytes; made when the first are copied, which may be in the background."""
+        layout = self.layout
+        return [
+            # Asked first what is true of most: thousands of whole arrays are seen as bytes.
             np.frombuffer(array, np.uint8)
             if type(array) is np.ndarray
             and array.dtype is plain
@@ -181,7 +195,7 @@ class ShardImage:
             and array.flags.c_contiguous
             else _bytes_of(array, piece.dtype, first, size)
             for (array, first), piece, plain, size in zip(
-                sources, layout.pieces, layout.plain, layout.sizes, strict=True
+                self._sources, layout.pieces, layout.plain, layout.sizes, strict=True
             )
         ]
 

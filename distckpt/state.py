@@ -402,6 +402,7 @@ def _well_named(leaves: list[Leaf], problems: list[str]) -> list[Leaf]:
 
 
 _NEW: Callable[..., Any] = tuple.__new__
+_WRITEABLE = operator.attrgetter("flags.writeable")
 _PIECES = frozenset({np.ndarray, Shard, FlatShard})
 _IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None)})
 
@@ -451,6 +452,8 @@ class Flattened:
         pieces, arrays = self._arrays(leaves)
         if set(map(type, arrays)) - {np.ndarray} or _seen(pieces, arrays) != self._like[2]:  # type: ignore[index]
             return None
+        # What is filled where it is is not replaced.
+        replaces = replaces and not (len(arrays) == len(leaves) and all(map(_WRITEABLE, arrays)))
         setters = walked.setters() if replaces else [_unreplaceable] * len(leaves)
         values = {
             name: Leaf(name, leaves[index], setters[index]) for index, name in self._values.items()
@@ -532,7 +535,10 @@ def _walk_dicts(state: object) -> _Walked | None:
     while True:
         found.dicts.append(node)
         found.keys.append(tuple(node))
-        todo.append(iter(node.values()))
+        if dict in set(map(type, node.values())):
+            todo.append(iter(node.values()))
+        else:
+            found.leaves.extend(node.values())
         while todo:
             for value in todo[-1]:
                 if type(value) is dict:

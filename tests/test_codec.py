@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import os
 import struct
 import tracemalloc
 
@@ -17,6 +18,7 @@ from hypothesis.extra import numpy as hnp
 
 from distckpt import CorruptCheckpoint, LayoutError, UnsupportedFormat, codec, dtypes
 from distckpt._pb import manifest_pb2 as pb
+from distckpt.codec import manifest as manifest_codec
 from distckpt.layout import Grid, Layout
 from distckpt.manifest import DATA_ALIGNMENT, TABLE_DIGEST_BYTES, Manifest, table_bytes
 
@@ -477,6 +479,61 @@ def test_any_manifest_survives(manifest):
         dataclasses.astuple(found.pieces), dataclasses.astuple(manifest.pieces), strict=True
     ):
         assert np.array_equal(one, other)
+
+
+@given(manifests())
+def test_a_structure_that_is_known_makes_the_same_bytes(manifest):
+    known = codec.encode_structure(manifest)
+    another = dataclasses.replace(manifest, save_id=manifest.save_id ^ 1 or 5)
+    for each in (manifest, another):
+        assert codec.encode(each, known) == codec.encode(each)
+
+
+@given(manifests(), manifests())
+def test_manifests_are_alike_if_a_plan_of_one_is_one_of_the_other(first, second):
+    found = codec.decode(codec.encode(first))
+    again = codec.decode(codec.encode(dataclasses.replace(first, step=7, metadata={"a": 1})))
+    assert again.is_like(found)
+    # What several have can't be changed by one.
+    for column in (found.dtype, found.layout):
+        assert not column.flags.writeable
+    assert not codec.decode(codec.encode(second)).is_like(found) or is_equal(
+        dataclasses.replace(
+            second,
+            save_id=first.save_id,
+            created_ns=first.created_ns,
+            step=first.step,
+            file_digest=first.file_digest,
+            values=first.values if list(first.values) == list(second.values) else second.values,
+            metadata=first.metadata,
+            metrics=first.metrics,
+        ),
+        first,
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ranks": 5},
+        {"block_bytes": 1 << 13},
+        {"file_length": np.array([9])},
+        {"values": {"epoch": 1}},
+        {"per_rank": {"rng": np.array([3, 3])}},
+        {"names": ["other"]},
+    ],
+)
+def test_manifests_that_differ_in_what_a_plan_depends_on_are_not_alike(change):
+    manifest = made(["w"], [11], [0], [Layout.of_grid((4,), Grid((1,), (0,), 0, (0,)))], files=1)
+    assert manifest.is_like(dataclasses.replace(manifest, save_id=9))
+    assert not manifest.is_like(dataclasses.replace(manifest, **change))
+
+
+@given(st.text(max_size=12), st.text(max_size=12), st.text(max_size=12))
+def test_what_names_share_is_found_by_halves(start, one, other):
+    first, second = start + one, start + other
+    expected = len(os.path.commonprefix([first, second]))  # noqa: RUF071  of characters is meant
+    assert manifest_codec._common(first, second) == expected
 
 
 def test_a_regular_grid_takes_constant_space():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from distckpt import FlatShard, LayoutError, Net, PerRank, Region, Shard, register_net
 from distckpt.region import boxes_of_run
-from distckpt.state import LazyArray, flatten
+from distckpt.state import Flattened, LazyArray, flatten
 
 one = np.ones(3, np.float32)
 two = np.full(3, 2, np.float32)
@@ -447,3 +447,74 @@ def test_a_flat_shard_that_does_not_lie_in_its_tensor_is_refused(
 ):
     with pytest.raises(LayoutError, match=message):
         FlatShard(np.zeros(shape), start, global_shape)
+
+
+# --------------------------------------------------------------------------------- the next state
+
+
+def changed(state):
+    """A state that is like another, of other arrays and values."""
+    if isinstance(state, dict):
+        return {key: changed(value) for key, value in state.items()}
+    if isinstance(state, np.ndarray):
+        new = state + 1
+        new.flags.writeable = state.flags.writeable
+        return new
+    return state + 1
+
+
+@st.composite
+def arrays(draw):
+    array = np.zeros(draw(st.integers(0, 3)), draw(st.sampled_from(["f4", "f8", "i4"])))
+    array.flags.writeable = draw(st.booleans())
+    return array
+
+
+trees = st.recursive(
+    st.integers(0, 9) | st.floats(0, 9) | arrays(),
+    lambda inner: st.dictionaries(st.text("abc", min_size=1, max_size=3), inner, max_size=4),
+    max_leaves=12,
+).filter(lambda tree: isinstance(tree, dict))
+
+
+def described(flat):
+    """Names, and what a save and a load look at."""
+    return (
+        [(t.name, id(t.array), t.dtype, t.shape, t.region, t.start) for t in flat.tensors],
+        {name: leaf.value for name, leaf in flat.values.items()},
+    )
+
+
+@given(trees, st.booleans())
+def test_a_state_like_the_last_is_taken_apart_alike(state, replaces):
+    try:
+        flat = flatten(state)
+    except LayoutError:
+        return  # such as two leaves of one name
+    new = changed(state)
+    again = Flattened(flat).again(new, replaces=replaces)
+    assert described(again) == described(flatten(new))
+    if not replaces:
+        return
+    for leaf in again.values.values():
+        leaf.replace(17)
+    for tensor in again.tensors:
+        if not tensor.array.flags.writeable:
+            tensor.leaf.replace(np.full(2, 5))
+    after = flatten(new)
+    assert {leaf.value for leaf in after.values.values()} <= {17}
+    for old, tensor in zip(again.tensors, after.tensors, strict=True):
+        if old.array.flags.writeable:
+            assert tensor.array is old.array
+        else:
+            assert tensor.array.tolist() == [5, 5]
+
+
+@given(trees, trees)
+def test_a_state_that_is_not_like_the_last_is_noticed(state, other):
+    try:
+        flat, expected = flatten(state), flatten(other)
+    except LayoutError:
+        return
+    again = Flattened(flat).again(other)
+    assert again is None or described(again) == described(expected)
