@@ -75,6 +75,12 @@ def draw(folder: Path, about: dict[str, Any], rows: Sequence[Measured]) -> list[
     return found
 
 
+def _named(about: dict[str, Any], place: str) -> str:
+    """Name a place, and its file system."""
+    kind = about["places"][place]
+    return place if kind == place else f"{place} ({kind})"
+
+
 def _floors(about: dict[str, Any], rows: Sequence[Measured]) -> Figure | None:
     some = [
         row
@@ -92,7 +98,7 @@ def _floors(about: dict[str, Any], rows: Sequence[Measured]) -> Figure | None:
     figure = Figure(figsize=(10.5, 1.7 + 0.36 * len(keys)), layout="constrained")
     axes = figure.subplots(1, len(places), sharey=True, squeeze=False)[0]
     for place, axis in zip(places, axes, strict=True):
-        _frame(axis, f"on {place}: {about['places'][place]}", "median ratio, with quartiles")
+        _frame(axis, f"on {_named(about, place)}", "median ratio, with quartiles")
         axis.set_xlim(_LEAST, 30)
         axis.axvline(1, color=_INK, linewidth=1)
         for at, key in enumerate(keys):
@@ -174,7 +180,7 @@ def _peers(about: dict[str, Any], rows: Sequence[Measured]) -> Figure | None:
             *(
                 Patch(
                     color=_SHADES[place],
-                    label=f"fastest setting, {place} ({about['places'][place]})",
+                    label=f"fastest setting, {_named(about, place)}",
                 )
                 for place in places
             ),
