@@ -194,9 +194,10 @@ class SlowStore(MemoryStore):
 
     def __init__(self):
         super().__init__()
-        self.go = threading.Event()
+        self.come, self.go = threading.Event(), threading.Event()
 
     def create(self, name, length_bytes):
+        self.come.set()
         assert self.go.wait(30)
         return super().create(name, length_bytes)
 
@@ -343,7 +344,8 @@ def test_the_interpreters_lock_changes_hands_sooner_while_saves_are_in_flight():
     stores = [SlowStore(), SlowStore()]
     saves = [distckpt.save_async(store, {"w": np.ones(3)}) for store in stores]
     try:
-        wait_for(lambda: sys.getswitchinterval() < before / 2)
+        assert all(store.come.wait(30) for store in stores)
+        assert sys.getswitchinterval() < before / 2
         stores[0].go.set()
         saves[0].wait()
         assert sys.getswitchinterval() < before / 2
