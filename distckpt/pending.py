@@ -26,6 +26,8 @@ from distckpt.waiting import (
 
 logger = logging.getLogger(__name__)
 _THREAD = "distckpt-save"
+# What is left of a call that has started its thread takes much less.
+_CALL_S = 1.0
 
 
 def start_save(
@@ -212,8 +214,9 @@ class PendingCheckpoint:
 
     def _write(self) -> None:
         step_back()
-        # Else it would take a core, and the interpreter's lock, from the call that starts it.
-        self._begun.wait()
+        # Else it would take a core, and the interpreter's lock, from the call that starts it. Not
+        # for long: that may have been interrupted.
+        self._begun.wait(_CALL_S)
         with quick_switches:
             write(self._save)
         if self._staging is not None:

@@ -60,13 +60,21 @@ def drive(
         if now - began > _STEP_S:  # something had come
             since, pause_s = now, _SHORTEST_PAUSE_S
         if not patient and now - since < _BUSY_S:
-            os.sched_yield()
+            _let_others()
             began = time.monotonic()
             continue
         time.sleep(pause_s)
         began = time.monotonic()
         longest_s = 2e-3 if patient else min(max(2e-4, (began - since) / 16), 2e-3)
         pause_s = min(pause_s * 1.6, longest_s)
+
+
+def _let_others() -> None:
+    """Let others have the processor, if they wait for it."""
+    if hasattr(os, "sched_yield"):
+        os.sched_yield()
+    else:
+        time.sleep(0)
 
 
 class Backlog:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from hypothesis import strategies as st
 
 import distckpt
 from distckpt import SaveFailed, dtypes, staging
+from distckpt import pending as pending_module
 from distckpt.arena import Arena
+from distckpt.manifest import MANIFEST_NAME
 from distckpt.shardfile import Piece, ShardImage, ShardLayout, checksum
 from distckpt.staging import LATER, NEVER, NOW, Staging, when_copied
 from distckpt.state import flatten
@@ -419,3 +422,22 @@ def test_a_file_system_that_refuses_direct_writing_is_written_to_all_the_same(
             assert np.array_equal(checkpoint["w"].read(), state["w"])
     if local.file_system(tmp_path) in {"ext4", "xfs"}:
         assert sum("page cache" in record.message for record in caplog.records) == 2
+
+
+def test_a_call_that_is_interrupted_after_it_has_started_its_thread_keeps_nobody_waiting(
+    monkeypatch,
+):
+    class Interrupted(threading.Thread):
+        def start(self):
+            super().start()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pending_module, "_CALL_S", 0.01)
+    monkeypatch.setattr(
+        pending_module, "threading", SimpleNamespace(Thread=Interrupted, Event=threading.Event)
+    )
+    store = MemoryStore()
+    with pytest.raises(KeyboardInterrupt):
+        distckpt.save_async(store, {"w": np.ones(3)})
+    wait_for(lambda: MANIFEST_NAME in store.objects)
+    assert distckpt.open(store)["w"].read().tolist() == [1, 1, 1]
