@@ -14,13 +14,14 @@ import numpy as np
 from distckpt import codec
 from distckpt.coordinator import Solo, launched_by_mpi
 from distckpt.copies import Places, Work
+from distckpt.crew import threads_for
 from distckpt.errors import (
     CheckpointError,
     IncompleteCheckpoint,
     MatchError,
     UnsupportedFormat,
 )
-from distckpt.exchange import exchange, threads_for
+from distckpt.exchange import exchange
 from distckpt.foreign import ForeignStore
 from distckpt.formats import OURS
 from distckpt.hold import Hold

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from distckpt import codec, replicas, stats
+from distckpt.cores import cores_for_each
 from distckpt.deletion import delete_replaced
 from distckpt.errors import (
     CheckpointError,
@@ -67,6 +69,7 @@ def _write_file(save: Save, name: str, file: int, image: ShardImage) -> FileReco
             file=file,
             recorder=save.recorder,
             interrupt=save.interrupt,
+            cores=cores_for_each(save.known.neighbours),
         )
     return write_staged(
         save.store, name, save.staging, image.layout, file=file, recorder=save.recorder
@@ -114,6 +117,8 @@ def _commit(save: Save, ranks: dict[int, RankStats], *, blocks: bool) -> Waiting
     try:
         outcomes = yield from operation.gather(0, outcome, "finish writing")
         if outcomes is not None:
+            nodes = Counter(one["node"] for one in outcomes)
+            result["neighbours"] = max(nodes.values())
             ranks.update(
                 {rank: stats.from_plain(one["stats"]) for rank, one in enumerate(outcomes)}
             )
@@ -142,6 +147,7 @@ def _commit(save: Save, ranks: dict[int, RankStats], *, blocks: bool) -> Waiting
         if getattr(error, "committed", False) is False:
             _discard(save)
         raise error
+    save.known.neighbours = result["neighbours"]
     return manifest
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from distckpt import codec, dtypes
 from distckpt.copies import Places
+from distckpt.crew import threads_for
 from distckpt.errors import (
     CheckpointError,
     IncompleteCheckpoint,
@@ -27,7 +28,7 @@ from distckpt.errors import (
     text,
     to_plain,
 )
-from distckpt.exchange import Skipped, exchange, threads_for
+from distckpt.exchange import Skipped, exchange
 from distckpt.formats import locate
 from distckpt.load_plan import LoadOptions
 from distckpt.manifest import Manifest
@@ -198,7 +199,8 @@ def _execute(
         blocks.on_read = partial(_advance, options.progress, total)
     skipped = Skipped() if options.on_corrupt == "skip" else None
     buffers = [np.empty(length, np.uint8) for _, length in share.blobs]
-    looking, filling = _Looking(wanted, share.keep, buffers), Filling(wanted, share.keep)
+    looking = _Looking(wanted, share.footing.stored, buffers)
+    filling = Filling(wanted, share.footing)
     settle = _Settle(operation, store, part.save_id)
     failure = yield from exchange(operation, 2, share.first, blocks, looking, skipped=skipped)
     per_rank: dict[str, object] = {}
@@ -391,7 +393,7 @@ def _united(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _lacking(share: Share, skipped: Skipped | None) -> set[str]:
     """Name the per-rank values that could not be read."""
     regions = [] if skipped is None else skipped.regions
-    targets = len(share.keep)
+    targets = len(share.footing.stored)
     return {share.blobs[key - targets][0] for key, _ in regions if key >= targets}
 
 
@@ -403,7 +405,7 @@ def _skipped_plain(wanted: Wanted, share: Share, skipped: Skipped | None) -> dic
         name: [] for name in sorted(_lacking(share, skipped))
     }
     for key, region in skipped.regions:
-        if key < len(share.keep):
+        if key < len(share.footing.stored):
             target = wanted.targets[key]
             pad = len(region.start) - len(target.region.start)
             box = (region.start[pad:], region.stop[pad:])

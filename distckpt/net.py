@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import EllipsisType
-from typing import Any
 
 import numpy as np
 
@@ -122,7 +121,7 @@ class Wanted:
     held: Holdings
 
     @property
-    def tensors(self) -> list[TensorLeaf]:
+    def tensors(self) -> Sequence[TensorLeaf]:
         """The tensors, and pieces of some."""
         return self.flat.tensors
 
@@ -142,16 +141,6 @@ class Wanted:
         return [*self.held.names, *self.values, *self.per_rank]
 
     @cached_property
-    def boxes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The boxes that the tensors are made of; the place of each is its key.
-
-        Returns:
-            (keys,) the number of its tensor; (keys, width) its start and stop.
-        """
-        counts, start, stop = self.held.boxes()
-        return np.repeat(np.arange(len(counts)), counts), start, stop
-
-    @cached_property
     def destinations(self) -> list[Destination]:
         """What is put in place piece by piece."""
         destinations = [Destination(tensor) for tensor in self.tensors]
@@ -165,47 +154,82 @@ class Wanted:
         return [target for destination in self.destinations for target in destination.targets]
 
 
+class Footing:
+    """What filling a net takes, but for the net: alike for all that want the same.
+
+    Args:
+        held: What a net wants.
+        stored: (keys,) the code of the dtype in which each box is stored; 0 for none.
+
+    Attributes:
+        stored: See above.
+        item: (keys,) the number of each box's tensor.
+    """
+
+    def __init__(self, held: Holdings, stored: np.ndarray) -> None:
+        self.stored = stored
+        self.item, self._start, self._stop = held.keys()
+        size = (self._stop - self._start).prod(axis=1)
+        nbytes = np.zeros(len(held.names), np.int64)
+        np.add.at(nbytes, self.item, size)
+        itemsize = dtypes.itemsizes(held.dtype)
+        # What Python can hand out as it is.
+        self._length = np.where(dtypes.are_exported(held.dtype), nbytes * itemsize, -1)
+        before = np.cumsum(size) - size
+        within = (before - before[np.searchsorted(self.item, self.item)]) * itemsize[self.item]
+        self._first = np.where(stored == held.dtype[self.item], within, -1)
+        self._places = Places(self._start, self._stop, self._first)
+
+    @property
+    def takes_bytes(self) -> bool:
+        """Whether the bytes of any box can be put in place as they are in the file."""
+        return bool((self._first >= 0).any())
+
+    def places(self, filled: Sequence[bool]) -> tuple[Places, np.ndarray]:
+        """Say which boxes' bytes may be put where they belong as they are in the file.
+
+        Args:
+            filled: (tensors,) whether the memory of each takes bytes so.
+
+        Returns:
+            The boxes' places; and of each tensor the length in bytes, -1 where Python can't hand
+            out its memory whole.
+        """
+        if all(filled):
+            return self._places, self._length
+        fills = np.array(filled, bool)
+        first = np.where(fills[self.item], self._first, -1)
+        return Places(self._start, self._stop, first), np.where(fills, self._length, -1)
+
+
 class Filling:
     """Fills a net with what is read: where it is, or by way of `Target.put`.
 
     Args:
         wanted: What the net wants.
-        stored: (keys,) the code of the dtype in which each box is stored; 0 for none.
+        footing: What is known of it.
 
     Attributes:
         places: Which boxes' bytes may be put where they belong as they are in the file.
         touched: (keys,) whether any byte of each may have changed.
     """
 
-    def __init__(self, wanted: Wanted, stored: np.ndarray) -> None:
+    def __init__(self, wanted: Wanted, footing: Footing) -> None:
         self._wanted = wanted
-        self._stored = stored
-        self.touched = np.zeros(len(stored), bool)
-        self._item, start, stop = wanted.boxes
-        tensors = wanted.tensors
-        self._arrays: list[Any] = [tensor.array for tensor in tensors]
-        codes = wanted.held.dtype
-        as_stored = stored == codes[self._item]
-        first = np.full(len(stored), -1)
-        self._length = np.full(len(tensors), -1)
-        if as_stored.any():
-            filled = np.array(_filled(tensors, self._arrays), bool)
-            size = (stop - start).prod(axis=1)
-            nbytes = np.zeros(len(tensors), np.int64)
-            np.add.at(nbytes, self._item, size)
-            nbytes *= dtypes.itemsizes(codes)
-            # What Python can hand out as it is.
-            self._length = np.where(filled & dtypes.are_exported(codes), nbytes, -1)
-            before = np.cumsum(size) - size
-            firsts = np.searchsorted(self._item, self._item)
-            within = (before - before[firsts]) * dtypes.itemsizes(codes)[self._item]
-            first = np.where(as_stored & filled[self._item], within, -1)
-        self.places: Places | None = Places(start, stop, first)
+        self._stored, self._item = footing.stored, footing.item
+        self.touched = np.zeros(len(self._stored), bool)
+        self._arrays = wanted.flat.arrays
+        # Asked only where it counts: there may be thousands.
+        fills = wanted.flat.takes_bytes() if footing.takes_bytes else [False] * len(self._arrays)
+        places, self._length = footing.places(fills)
+        self.places: Places | None = places
 
     @property
     def names(self) -> list[str]:
         """Names of the tensors of which any byte may have changed."""
         names = self._wanted.held.names
+        if self.touched.all():
+            return list(names)
         changed = np.zeros(len(names), bool)
         changed[self._item[self.touched]] = True
         return [names[item] for item in np.flatnonzero(changed).tolist()]
@@ -239,23 +263,6 @@ class Filling:
         if pad:
             start, values = start[pad:], values.reshape(values.shape[pad:])
         target.put(start, values)
-
-
-def _filled(tensors: Sequence[TensorLeaf], arrays: Sequence[Any]) -> list[bool]:
-    """Whether the memory of each takes bytes as they are in a file: in C order, little-endian."""
-    return [
-        isinstance(array, np.ndarray)
-        and array.flags.carray
-        and (array.dtype is dtype or array.dtype == dtype)
-        # Asked first what is true of most.
-        and ((array is leaf.value and leaf.net is None) or leaf.filled)
-        for array, leaf, dtype in zip(
-            arrays,
-            [tensor.leaf for tensor in tensors],
-            [tensor.dtype.numpy for tensor in tensors],
-            strict=True,
-        )
-    ]
 
 
 def _bytes(array: np.ndarray, start_byte: int, stop_byte: int) -> memoryview:

@@ -42,7 +42,7 @@ from distckpt.plan import (
 )
 from distckpt.shardfile import RESERVED_KEYS, ShardImage
 from distckpt.staging import LATER, NEVER, NOW, Staging, when_copied
-from distckpt.state import FlatState, TensorLeaf
+from distckpt.state import FlatState
 from distckpt.stats import Recorder
 from distckpt.store import Store, open_store
 from distckpt.team import COORDINATOR, Gathered, Late, Operation, Team, ToAll
@@ -137,6 +137,8 @@ class Known:
         plan: The whole, at the coordinator; None elsewhere.
         saves: How many were begun with it.
         stale: One failed: plan anew, and compare the replicas in full.
+        neighbours: How many ranks save on a machine, where they are the most; until the first
+            commit tells, it might be all.
         layouts: This rank's files, once it has written some.
         structure: What all its manifests have in common, at the coordinator, once one was written.
     """
@@ -145,6 +147,7 @@ class Known:
     part: WritePart
     files: int
     plan: WritePlan | None
+    neighbours: int
     saves: int = 0
     stale: bool = False
     layouts: Layouts | None = None
@@ -297,15 +300,17 @@ def prepare(
     )
     try:
         with recorder.phase("check"):
-            save.checks = replicas.take_checksums(mine.flat.tensors, known.part, saves=known.saves)
+            save.checks = replicas.take_checksums(
+                mine.flat.arrays, mine.held.dtype, known.part, saves=known.saves
+            )
         with recorder.phase("stage"), no_collections():
             layouts = _layouts(known, mine, rank=team.rank)
-            save.images = layouts.images(mine.flat.tensors, mine.blobs)
+            save.images = layouts.images(mine.flat.arrays, mine.blobs)
             if arena is not None:
                 save.staging = Staging(
                     arena,
                     save.images,
-                    layouts.by_piece(_when(mine.flat.tensors, options.lazy), NEVER),
+                    layouts.by_piece(_when(mine.flat, options.lazy), NEVER),
                     limit_bytes=options.staging_bytes,
                     check=options.check_lazy,
                 )
@@ -388,19 +393,19 @@ def _layouts(known: Known, mine: _Mine, *, rank: int) -> Layouts:
     return known.layouts
 
 
-def _when(tensors: Sequence[TensorLeaf], lazy: Lazy) -> list[int]:
+def _when(flat: FlatState, lazy: Lazy) -> list[int]:
     """Say when each tensor is copied."""
     if isinstance(lazy, bool):
         most = LATER if lazy else NOW
         return [
             # Asked first what is true of most.
             most
-            if type(leaf.array) is np.ndarray and leaf.array.flags.writeable
-            else when_copied(leaf, lazy=lazy)
-            for leaf in tensors
+            if type(array) is np.ndarray and array.flags.writeable
+            else when_copied(flat.tensors[item], lazy=lazy)
+            for item, array in enumerate(flat.arrays)
         ]
     prefixes = (lazy,) if isinstance(lazy, str) else tuple(lazy)
-    return [when_copied(leaf, lazy=leaf.name.startswith(prefixes)) for leaf in tensors]
+    return [when_copied(leaf, lazy=leaf.name.startswith(prefixes)) for leaf in flat.tensors]
 
 
 def _agree(
@@ -511,7 +516,7 @@ def _plan_together(
         raise from_plain(outcome["error"])
     if answer["plan"]:
         mine_of_it = part_from_bytes(part, mine.held, summary)
-        known = Known(operation.number, mine_of_it, outcome["files"], plan)
+        known = Known(operation.number, mine_of_it, outcome["files"], plan, neighbours=ranks)
     return known, merged
 
 

@@ -9,14 +9,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from distckpt import codec
 from distckpt.copies import Work
 from distckpt.errors import LoadFailed, MatchError, from_plain, raise_together, to_plain
 from distckpt.load_plan import LoadOptions, LoadPlan, plan_load
 from distckpt.manifest import Manifest
-from distckpt.net import Wanted
+from distckpt.net import Footing, Wanted
 from distckpt.plan import Holdings, Seen, describe, fragments_from_plain, holdings_to_plain
 from distckpt.reader import StoredFile
 from distckpt.state import FlatState
@@ -32,7 +30,7 @@ class Share:
     """One rank's part of a plan.
 
     Attributes:
-        keep: (targets,) the stored dtype's code, or 0 for what is not loaded.
+        footing: What filling takes; `stored` is 0 for what is not loaded.
         first: What is looked at before the net may change: per-rank values, narrowing casts.
         second: All tensors.
         block_bytes: Size of a block.
@@ -43,7 +41,7 @@ class Share:
         report: What all ranks report.
     """
 
-    keep: np.ndarray
+    footing: Footing
     first: Work
     second: Work
     block_bytes: int
@@ -217,7 +215,7 @@ def agree(
     if answer["known"] is not None:
         share = next(known.share for known in memory.plans if known.number == answer["known"])
     else:
-        share = _share(answer["share"], answer["report"])
+        share = _share(wanted.held, answer["share"], answer["report"])
         plan, found = made[-1] if made else (None, None)
         if answer["keep"]:
             kept = None if plan is None else plan.without_shares()
@@ -298,9 +296,9 @@ def _report_from_plain(data: bytes) -> dict[str, Any]:
     return report
 
 
-def _share(plain: Mapping[str, Any], report: bytes) -> Share:
+def _share(held: Holdings, plain: Mapping[str, Any], report: bytes) -> Share:
     return Share(
-        plain["keep"],
+        Footing(held, plain["keep"]),
         Work(fragments_from_plain(plain["first"]), plain["block_bytes"]),
         Work(fragments_from_plain(plain["second"]), plain["block_bytes"]),
         plain["block_bytes"],

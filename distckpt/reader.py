@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -165,6 +166,8 @@ class BlockReader:
         self._expected: frozenset[tuple[int, int]] = frozenset()
         self._held = (-1, range(0))  # of which file are which blocks in the scratch
         self.bytes_read = 0
+        #: File → how many bytes of it are blocks.
+        self.ends = {number: file.table_start for number, file in files.items()}
         self.on_read: Callable[[int], None] | None = None
 
     def another(self) -> BlockReader:
@@ -211,21 +214,27 @@ class BlockReader:
         self._scatter(file, self.span(file, block)[0], buffers)
         self._check(file, block, buffers)
 
-    def read_parts(self, file: int, block: int, part_bytes: int) -> Iterator[np.ndarray]:
+    def read_parts(self, file: int, block: int, edges: Sequence[int]) -> Iterator[np.ndarray]:
         """Read one block in parts; yield each before all of them have been checked.
+
+        Args:
+            file: Its file.
+            block: Its number there.
+            edges: At which bytes of the block parts begin, and the block's end.
 
         Raises:
             CorruptCheckpoint, IncompleteCheckpoint: As in `read`; damage after the last part.
         """
-        start, stop = self.span(file, block)
+        start = block * self.block_bytes
         checked = self._is_checked(file)
-        if len(self._scratch) < part_bytes:
-            self._scratch = np.empty(part_bytes, np.uint8)
+        longest = max(last - first for first, last in pairwise(edges))
+        if len(self._scratch) < longest:
+            self._scratch = np.empty(longest, np.uint8)
         self._held = (-1, range(0))
         found = 0
-        for first in range(start, stop, part_bytes):
-            part = self._scratch[: min(part_bytes, stop - first)]
-            self._scatter(file, first, [part.data])
+        for first, last in pairwise(edges):
+            part = self._scratch[: last - first]
+            self._scatter(file, start + first, [part.data])
             if checked:
                 found = checksum(part.data, found)
             yield part

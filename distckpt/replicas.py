@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from distckpt import dtypes
 from distckpt.errors import ranks_text
 from distckpt.plan import WritePart, WritePlan
 from distckpt.shardfile import checksum_run
-from distckpt.state import TensorLeaf
+from distckpt.state import Array
 
 # All of it is compared when a plan is first used, then a sixteenth at each save, in turn.
 _ROTATION = 16
@@ -34,11 +35,14 @@ class Checksums:
     sum: np.ndarray = field(default_factory=_none)
 
 
-def take_checksums(tensors: Sequence[TensorLeaf], part: WritePart, *, saves: int) -> Checksums:
+def take_checksums(
+    arrays: Sequence[Array], dtype: np.ndarray, part: WritePart, *, saves: int
+) -> Checksums:
     """Take the checksums that are due.
 
     Args:
-        tensors: This rank's tensors; the part's items are indices into them.
+        arrays: This rank's tensors; the part's items are indices into them.
+        dtype: (tensors,) the codes of their dtypes.
         part: This rank's part of the plan.
         saves: How many saves the plan was used for before; the same on all ranks.
     """
@@ -47,8 +51,8 @@ def take_checksums(tensors: Sequence[TensorLeaf], part: WritePart, *, saves: int
         rows = rows[part.check % _ROTATION == saves % _ROTATION]
     sums = [
         checksum_run(
-            tensors[part.check_item[row]].array,
-            tensors[part.check_item[row]].dtype,
+            arrays[part.check_item[row]],
+            dtypes.BY_CODE[int(dtype[part.check_item[row]])],
             int(part.check_source[row]),
             int(part.check_size[row]),
         )

@@ -24,6 +24,7 @@ from distckpt.manifest import DATA_ALIGNMENT, TABLE_DIGEST_BYTES, table_bytes
 from distckpt.region import Region, boxes_of_run
 from distckpt.state import Array, LazyArray
 
+_quoted = json.JSONEncoder(ensure_ascii=False).encode
 TABLE_KEY = "__crc32c__"
 METADATA_KEY = "__metadata__"
 RESERVED_KEYS = frozenset({TABLE_KEY, METADATA_KEY})
@@ -314,30 +315,40 @@ def copy_run(array: Array, dtype: dtypes.Dtype, first: int, count: int, out: np.
 
 def _entries(pieces: Sequence[Piece], sizes: Sequence[int], block_bytes: int) -> bytes:
     """Write the header but for its last entry, the table's."""
-    entries: dict[str, object] = {
-        METADATA_KEY: {"format": "distckpt", "version": "1", "block_bytes": str(block_bytes)}
-    }
+    metadata = {"format": "distckpt", "version": "1", "block_bytes": str(block_bytes)}
+    entries = {METADATA_KEY: _json({METADATA_KEY: metadata})[1:-1]}
+    kinds: dict[tuple[int, tuple[int, ...]], str] = {}
     at = 0
     for (key, dtype, extents), size in zip(pieces, sizes, strict=True):
-        name, shape = dtype.safetensors, list(extents)
-        if name is None:
-            name = "U8"
-            shape += [dtype.itemsize] if dtype.itemsize > 1 else []
+        kind = kinds.get((dtype.code, extents))
+        if kind is None:
+            kind = kinds[dtype.code, extents] = _kind(dtype, extents)
         if key in entries or key in RESERVED_KEYS:
             raise LayoutError(
                 f"{key!r}: this key is "
                 + ("reserved" if key in RESERVED_KEYS else "needed twice in one shard file")
                 + "; rename the tensor"
             )
-        entries[key] = {"dtype": name, "shape": shape, "data_offsets": [at, at + size]}
-        at += size
-    return _json(entries)[:-1] + b","
+        end = at + size
+        # There may be thousands, alike but for their names and offsets.
+        entries[key] = f'{_quoted(key)}:{{{kind},"data_offsets":[{at},{end}]}}'
+        at = end
+    return ("{" + ",".join(entries.values()) + ",").encode()
+
+
+def _kind(dtype: dtypes.Dtype, extents: Sequence[int]) -> str:
+    """Write what an entry says of dtype and shape."""
+    name, shape = dtype.safetensors, list(extents)
+    if name is None:
+        name = "U8"
+        shape += [dtype.itemsize] if dtype.itemsize > 1 else []
+    return _json({"dtype": name, "shape": shape})[1:-1]
 
 
 def _entry(key: str, dtype: str, shape: Sequence[int], start: int, size: int) -> bytes:
     entry = {"dtype": dtype, "shape": shape, "data_offsets": [start, start + size]}
-    return _json({key: entry})[1:-1]
+    return _json({key: entry})[1:-1].encode()
 
 
-def _json(value: object) -> bytes:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+def _json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)

@@ -9,9 +9,9 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import repeat
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, overload, runtime_checkable
 
 import numpy as np
 
@@ -311,6 +311,77 @@ class TensorLeaf(NamedTuple):
         return self.leaf.name
 
 
+_NEW: Callable[..., Any] = tuple.__new__
+_IN_ORDER = operator.attrgetter("flags.carray")
+
+
+class LeafModel:
+    """What leaves are like but for what they hold.
+
+    Attributes:
+        names: Their names.
+        rest: Columns: what else is in a `TensorLeaf`, but for its leaf and array.
+        native: Whether each has the dtype that a file has.
+    """
+
+    def __init__(self, tensors: Sequence[TensorLeaf]) -> None:
+        self.names = [tensor.name for tensor in tensors]
+        self.rest = list(zip(*(tensor[2:] for tensor in tensors), strict=True))
+        self.native = [tensor.array.dtype == tensor.dtype.numpy for tensor in tensors]
+        self.are_native = all(self.native)
+
+
+class LaterLeaves(Sequence[TensorLeaf]):
+    """The tensors of a state that is like one before, made when asked for: mostly nobody does.
+
+    Args:
+        model: What they are like.
+        pieces: What lies in the state.
+        arrays: The memory of each.
+        replace: Puts another in the place of each.
+    """
+
+    def __init__(
+        self,
+        model: LeafModel,
+        pieces: list[Any],
+        arrays: list[Any],
+        replace: list[Callable[[object], None]],
+    ) -> None:
+        self.arrays: list[Any] = arrays
+        self._model, self._pieces, self._replace = model, pieces, replace
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    @overload
+    def __getitem__(self, index: int) -> TensorLeaf: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[TensorLeaf]: ...
+    def __getitem__(self, index: int | slice) -> TensorLeaf | Sequence[TensorLeaf]:
+        return self._made[index]
+
+    def __iter__(self) -> Iterator[TensorLeaf]:
+        return iter(self._made)
+
+    def takes_bytes(self) -> list[bool]:
+        """See `FlatState.takes_bytes`: these are numpy's arrays, and in no net."""
+        model = self._model
+        in_order = list(map(_IN_ORDER, self.arrays))
+        if model.are_native:
+            return in_order
+        return [a and b for a, b in zip(in_order, model.native, strict=True)]
+
+    @cached_property
+    def _made(self) -> list[TensorLeaf]:
+        # As `Leaf(…)` and `TensorLeaf(…)`, without a call of Python's own for each.
+        model = self._model
+        columns = zip(model.names, self._pieces, self._replace, repeat(None), strict=False)
+        leaves = map(_NEW, repeat(Leaf), columns)
+        made = zip(leaves, self.arrays, *model.rest, strict=True)
+        return list(map(_NEW, repeat(TensorLeaf), made))
+
+
 @dataclass(frozen=True, slots=True)
 class FlatState:
     """A nested state, taken apart by kind; each in the order of the state.
@@ -323,11 +394,33 @@ class FlatState:
         changes: Name → new value of the leaves that were replaced in immutable containers.
     """
 
-    tensors: list[TensorLeaf]
+    tensors: Sequence[TensorLeaf]
     values: dict[str, Leaf]
     per_rank: dict[str, Leaf]
     state: object = None
     changes: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def arrays(self) -> Sequence[Array]:
+        """The tensors' arrays."""
+        if isinstance(self.tensors, LaterLeaves):
+            return self.tensors.arrays
+        return [tensor.array for tensor in self.tensors]
+
+    def takes_bytes(self) -> list[bool]:
+        """Say of each tensor whether its memory takes bytes as they are in a file.
+
+        It does in C order, little-endian.
+        """
+        if isinstance(self.tensors, LaterLeaves):
+            return self.tensors.takes_bytes()
+        return [
+            isinstance(array, np.ndarray)
+            and array.flags.carray
+            and array.dtype == dtype.numpy
+            and leaf.filled
+            for leaf, array, dtype, *_ in self.tensors
+        ]
 
     def rebuilt(self) -> object:
         """Return the state, made anew where immutable containers hold replaced leaves."""
@@ -349,11 +442,11 @@ def flatten(state: object) -> FlatState:
     Returns:
         The leaves by kind. Arrays share their memory with the state's.
     """
-    flat = FlatState([], {}, {}, state)
+    tensors: list[TensorLeaf] = []
+    flat = FlatState(tensors, {}, {}, state)
     problems: list[str] = []
     leaves = list(_walk(state, problems, flat.changes))
     leaves = _well_named(leaves, problems)
-    tensors = flat.tensors
     for leaf in leaves:
         value = leaf.value
         if type(value) is np.ndarray and value.size:
@@ -399,163 +492,6 @@ def _well_named(leaves: list[Leaf], problems: list[str]) -> list[Leaf]:
         else:
             kept[leaf.name] = leaf
     return list(kept.values())
-
-
-_NEW: Callable[..., Any] = tuple.__new__
-_WRITEABLE = operator.attrgetter("flags.writeable")
-_PIECES = frozenset({np.ndarray, Shard, FlatShard})
-_IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None)})
-
-
-class Flattened:
-    """What a state is like, to take the next one apart that is like it.
-
-    A training loop saves the same again and again, in dicts: then nothing needs to be looked at but
-    whether keys, shapes, dtypes and places are the same. No array is kept.
-
-    Attributes:
-        tensors: How many tensors it has.
-    """
-
-    def __init__(self, flat: FlatState) -> None:
-        self.tensors = len(flat.tensors)
-        walked = None if flat.per_rank else _walk_dicts(flat.state)
-        self._like: list[object] | None = None
-        if walked is None or len(walked.leaves) != len(flat.tensors) + len(flat.values):
-            return
-        leaves = walked.leaves
-        self._kinds = list(map(type, leaves))
-        self._pieces = [i for i, kind in enumerate(self._kinds) if kind not in _IMMUTABLE]
-        pieces, arrays = self._arrays(leaves)
-        if {type(piece) for piece in pieces} <= _PIECES and {type(a) for a in arrays} <= {
-            np.ndarray
-        }:
-            self._like = [walked.keys, self._kinds, _seen(pieces, arrays)]
-            self._values = dict(zip(self._others(), flat.values, strict=True))
-            self._names = [tensor.name for tensor in flat.tensors]
-            self._models = list(zip(*(tensor[2:] for tensor in flat.tensors), strict=True))
-
-    def again(self, state: object, *, replaces: bool = False) -> FlatState | None:
-        """Take the next state apart.
-
-        Args:
-            state: The state.
-            replaces: Whether leaves may be replaced; that takes a little longer.
-
-        Returns:
-            It, or None if it isn't the like.
-        """
-        walked = _walk_dicts(state) if self._like is not None else None
-        if walked is None or [walked.keys, list(map(type, walked.leaves))] != self._like[:2]:  # type: ignore[index]
-            return None
-        leaves = walked.leaves
-        pieces, arrays = self._arrays(leaves)
-        if set(map(type, arrays)) - {np.ndarray} or _seen(pieces, arrays) != self._like[2]:  # type: ignore[index]
-            return None
-        # What is filled where it is is not replaced.
-        replaces = replaces and not (len(arrays) == len(leaves) and all(map(_WRITEABLE, arrays)))
-        setters = walked.setters() if replaces else [_unreplaceable] * len(leaves)
-        values = {
-            name: Leaf(name, leaves[index], setters[index]) for index, name in self._values.items()
-        }
-        # As `Leaf(…)` and `TensorLeaf(…)`, without a call of Python's own for each.
-        replace = [setters[index] for index in self._pieces]
-        columns = zip(self._names, pieces, replace, repeat(None), strict=False)
-        made = map(_NEW, repeat(Leaf), columns)
-        tensors = list(map(_NEW, repeat(TensorLeaf), zip(made, arrays, *self._models, strict=True)))
-        return FlatState(tensors, values, {}, state)
-
-    def _others(self) -> list[int]:
-        return [i for i, kind in enumerate(self._kinds) if kind in _IMMUTABLE]
-
-    def _arrays(self, leaves: list[object]) -> tuple[list[Any], list[Any]]:
-        pieces: list[Any] = [leaves[index] for index in self._pieces]
-        return pieces, [
-            piece.array if type(piece) is Shard or type(piece) is FlatShard else piece
-            for piece in pieces
-        ]
-
-
-def _unreplaceable(value: object) -> None:
-    raise LayoutError(f"a state that is saved takes no new value ({_type_name(value)})")
-
-
-def _seen(pieces: Sequence[Any], arrays: Sequence[Any]) -> list[object]:
-    """List what a plan depends on of each piece."""
-    shards = [piece for piece in pieces if type(piece) is Shard]
-    runs = [piece for piece in pieces if type(piece) is FlatShard]
-    return [
-        [array.shape for array in arrays],
-        [array.dtype for array in arrays],
-        [shard.offset for shard in shards],
-        [shard.global_shape for shard in shards],
-        [(run.start, run.global_shape, run.region) for run in runs],
-    ]
-
-
-@dataclass(frozen=True, slots=True)
-class _Walked:
-    """Nested dicts, in the order in which they are flattened.
-
-    Attributes:
-        dicts: All of them.
-        keys: Of each, its keys.
-        leaves: What lies in them and is no dict.
-    """
-
-    dicts: list[dict[object, object]]
-    keys: list[tuple[object, ...]]
-    leaves: list[object]
-
-    def setters(self) -> list[Callable[[object], None]]:
-        """Return for each leaf what puts another in its place."""
-        found: list[Callable[[object], None]] = []
-        inner = iter(self.dicts)
-        todo = [(next(inner), iter(self.keys[0]))]
-        while todo:
-            node, keys = todo[-1]
-            for key in keys:
-                if type(node[key]) is dict:
-                    below = next(inner)
-                    todo.append((below, iter(below)))
-                    break
-                found.append(partial(operator.setitem, node, key))
-            else:
-                todo.pop()
-        return found
-
-
-def _walk_dicts(state: object) -> _Walked | None:
-    """List the keys and the leaves of nested dicts; None where it is something else."""
-    if type(state) is not dict:
-        return None
-    found = _Walked([], [], [])
-    todo: list[Iterator[object]] = []
-    node: dict[object, object] = state
-    while True:
-        found.dicts.append(node)
-        found.keys.append(tuple(node))
-        if dict in set(map(type, node.values())):
-            todo.append(iter(node.values()))
-        else:
-            found.leaves.extend(node.values())
-        while todo:
-            for value in todo[-1]:
-                if type(value) is dict:
-                    node = value
-                    break
-                found.leaves.append(value)
-            else:
-                todo.pop()
-                continue
-            break
-        else:
-            return found
-        if len(todo) > _DEEPEST:
-            return None
-
-
-_DEEPEST = 64
 
 
 def _name_problem(name: str) -> str | None:

@@ -22,7 +22,7 @@ from distckpt.shardfile import (
     table_digest,
 )
 from distckpt.staging import Staging, fill_checked
-from distckpt.state import TensorLeaf
+from distckpt.state import Array, TensorLeaf
 from distckpt.stats import Recorder
 from distckpt.store import Sink, Store, wants_aligned, writes_at_once
 from distckpt.waiting import Interrupt
@@ -106,11 +106,8 @@ class Layouts:
         """Bytes of all files."""
         return sum(layout.length for layout in self._files.values())
 
-    def images(
-        self, tensors: Sequence[TensorLeaf], blobs: Mapping[str, bytes]
-    ) -> dict[int, ShardImage]:
-        """Return this rank's files, by their global number; they refer to the arrays."""
-        arrays = [leaf.array for leaf in tensors]
+    def images(self, arrays: Sequence[Array], blobs: Mapping[str, bytes]) -> dict[int, ShardImage]:
+        """Return this rank's files, by their global number; they refer to the tensors' arrays."""
         more = {name: np.frombuffer(blob, np.uint8) for name, blob in blobs.items()}
         return {
             file: ShardImage(
@@ -169,6 +166,7 @@ def write_image(
     file: int,
     recorder: Recorder,
     interrupt: Interrupt | None = None,
+    cores: int = 1,
 ) -> FileRecord:
     """Write a file whose arrays do not change meanwhile, durably.
 
@@ -182,6 +180,7 @@ def write_image(
         file: Its global number.
         recorder: Takes the times, and counts the bytes.
         interrupt: Ends the writing early.
+        cores: How many this rank has.
 
     Raises:
         StoreError: The store failed. Nothing is visible.
@@ -190,7 +189,7 @@ def write_image(
 
     def write(sink: Sink) -> list[int]:
         blocks = _Blocks(image, sink, recorder, interrupt)
-        blocks.write()
+        blocks.write(cores)
         table = np.array(blocks.checksums, "<u4").tobytes()
         sink.write_at(image.layout.table_start, table)
         recorder.nbytes += len(table)
@@ -240,9 +239,13 @@ class _Blocks:
         self._counting = threading.Lock()
         self.checksums = [0] * image.layout.blocks
 
-    def write(self) -> None:
+    def write(self, cores: int) -> None:
         """Write them all: in this thread, and in a few more where that is faster."""
-        count = min(writes_at_once(self._sink), -(-self._image.layout.blocks // self._step))
+        most = writes_at_once(self._sink)
+        if not wants_aligned(self._sink):
+            # No device works meanwhile: each thread copies by itself, and wants a core.
+            most = min(most, cores)
+        count = min(most, -(-self._image.layout.blocks // self._step))
         helpers = [threading.Thread(target=self._help) for _ in range(count - 1)]
         for helper in helpers:
             helper.start()

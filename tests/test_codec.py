@@ -529,11 +529,12 @@ def test_manifests_that_differ_in_what_a_plan_depends_on_are_not_alike(change):
     assert not manifest.is_like(dataclasses.replace(manifest, **change))
 
 
-@given(st.text(max_size=12), st.text(max_size=12), st.text(max_size=12))
-def test_what_names_share_is_found_by_halves(start, one, other):
+@given(st.text(max_size=12), st.text(max_size=12), st.text(max_size=12), st.integers(0, 30))
+def test_what_names_share_is_found_whatever_is_guessed(start, one, other, guess):
     first, second = start + one, start + other
     expected = len(os.path.commonprefix([first, second]))  # noqa: RUF071  of characters is meant
-    assert manifest_codec._common(first, second) == expected
+    assert manifest_codec._common(first, second, guess) == expected
+    assert manifest_codec._common(first, second, expected) == expected
 
 
 def test_a_regular_grid_takes_constant_space():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from contextlib import contextmanager
 from functools import partial
@@ -23,13 +24,17 @@ from distckpt import (
     checkpoint,
     commit,
     copies,
+    cores,
+    crew,
     exchange,
     loader,
     prepare,
+    schedule,
     writer,
 )
 from distckpt.copies import find_runs
 from distckpt.load_plan import LoadOptions
+from distckpt.net import Filling
 from distckpt.store import PrefixStore, open_object, open_store, opens
 from distckpt.team import connect
 from distckpt.testing import MemoryStore, run_ranks
@@ -43,12 +48,12 @@ def _small_sizes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(commit, "BLOCK_BYTES", _BLOCK)
         patch.setattr(prepare, "Layouts", partial(writer.Layouts, block_bytes=_BLOCK))
-        patch.setattr(copies, "_WORTH_BYTES", 512)
+        patch.setattr(schedule, "_WORTH_BYTES", 512)
         patch.setattr(copies, "_LONG_BYTES", 1024)
-        patch.setattr(copies, "_TOGETHER_BYTES", 1500)
-        patch.setattr(copies, "PART_BYTES", 1024)
-        patch.setattr(exchange, "PART_BYTES", 1024)
-        patch.setattr(exchange, "_GAP_BYTES", 200)
+        patch.setattr(schedule, "_TOGETHER_BYTES", 1500)
+        patch.setattr(schedule, "_PART_BYTES", 1024)
+        patch.setattr(schedule, "_LINE_BYTES", 256)
+        patch.setattr(schedule, "_GAP_BYTES", 200)
         yield
 
 
@@ -221,6 +226,99 @@ def test_any_layout_and_any_memory_gets_just_its_bytes(threads, case, verify):
     assert right(tensors)
 
 
+def remade(leaf, memory):
+    """A leaf like another, in other memory."""
+    array = array_of(leaf)
+    if memory == "strided":
+        new = np.zeros((*array.shape, 2), array.dtype)[..., 0]
+    else:
+        new = np.zeros(array.shape, array.dtype)
+        new.flags.writeable = memory != "read-only"
+    return new if leaf is array else dataclasses.replace(leaf, array=new)
+
+
+_STEPS = st.fixed_dictionaries(
+    {
+        "memory": st.sampled_from(["plain", "strided", "read-only"]),
+        "verify": st.booleans(),
+        "on_corrupt": st.sampled_from(["raise", "skip"]),
+    }
+)
+
+
+@_BY_THREADS
+@given(case=cases(), steps=st.lists(_STEPS, min_size=2, max_size=5))
+def test_what_one_load_has_worked_out_serves_only_loads_that_are_like_it(threads, case, steps):
+    saving, loading, tensors = case
+    store = ScatteringStore()
+    save(store, saving, tensors)
+
+    def go(comm):
+        for memory, options in [(step.pop("memory"), step) for step in map(dict, steps)]:
+            wants = {
+                f"t{number}": remade(wanted[comm.rank], memory)
+                for number, (_, _, wanted) in enumerate(tensors)
+            }
+            distckpt.load_into(store, wants, comm=comm, **options)
+            for number, (whole, _, _) in enumerate(tensors):
+                leaf = wants[f"t{number}"]
+                assert np.array_equal(array_of(leaf), part_of(whole, leaf))
+
+    with reading_by(threads):
+        run_ranks(loading, go)
+
+
+def test_loads_that_are_alike_work_out_once_what_goes_where(monkeypatch):
+    made = []
+
+    class Counted(schedule.Schedule):
+        def __init__(self, work, setting):
+            made.append(setting.places)
+            super().__init__(work, setting)
+
+    monkeypatch.setattr(exchange, "Schedule", Counted)
+    store = ScatteringStore()
+    distckpt.save(store, {"w": np.arange(4000.0), "b": np.ones(3)})
+
+    def go(comm):
+        for width in (1, 1, 1, 2, 1):
+            wants = {"w": np.zeros((4000, width))[:, 0], "b": np.zeros(3)}
+            distckpt.load_into(store, wants, comm=comm)
+            assert np.array_equal(wants["w"], np.arange(4000.0))
+        return len(made)
+
+    assert run_ranks(1, go) == [3]  # for other memory, and again: the newest one is kept
+
+
+def test_no_line_of_a_tensor_is_copied_in_two(monkeypatch):
+    monkeypatch.setattr(commit, "BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr(prepare, "Layouts", partial(writer.Layouts, block_bytes=1 << 16))
+    monkeypatch.setattr(schedule, "_PART_BYTES", 3000)
+    monkeypatch.setattr(schedule, "_LINE_BYTES", 900)
+    found = {}
+
+    class Noting(Filling):
+        def put(self, key, start, values):
+            found.setdefault(key, []).append(values.shape)
+            super().put(key, start, values)
+
+    monkeypatch.setattr(loader, "Filling", Noting)
+    store = ScatteringStore()
+    state = {
+        "odd": np.ones((3, 7, 11), "f8"),
+        "w": np.arange(64 * 200, dtype="f4").reshape(64, 200),
+        "cube": np.arange(8 * 5 * 30, dtype="f4").reshape(8, 5, 30),
+    }
+    distckpt.save(store, state)
+    loaded = {name: remade(array, "strided") for name, array in state.items()}
+    distckpt.load_into(store, loaded)
+    assert all(np.array_equal(loaded[name], state[name]) for name in state)
+    assert {shape[1:] for shape in found[0]} == {(7, 11)}
+    assert {shape[-1] for shape in found[1]} == {200}
+    assert {shape[1:] for shape in found[2]} == {(5, 30)}
+    assert len(found[1]) > 10  # in parts all the same
+
+
 @_BY_THREADS
 @given(case=cases(), place=st.integers(0, 1 << 20))
 def test_damage_fails_a_load_and_every_changed_tensor_is_named(threads, case, place):
@@ -293,7 +391,7 @@ def test_tensors_that_lie_in_one_stretch_are_filled_by_one_call_a_block():
 
 
 def test_only_wanted_bytes_are_read_where_nothing_is_checked(monkeypatch):
-    monkeypatch.setattr(copies, "_WORTH_BYTES", 1)
+    monkeypatch.setattr(schedule, "_WORTH_BYTES", 1)
     store = ScatteringStore()
     state = {f"t{number}": np.full(500, number, "f8") for number in range(8)}
     distckpt.save(store, state)
@@ -425,7 +523,7 @@ def test_a_failure_of_one_thread_fails_the_load_when_all_have_ended(threads):
 def test_where_no_thread_can_be_started_the_caller_reads_all(monkeypatch, started):
     """As when the program is ending already."""
     tried = []
-    submit = exchange.ThreadPoolExecutor.submit
+    submit = crew.ThreadPoolExecutor.submit
 
     def refuse(pool, *arguments):
         tried.append(arguments)
@@ -433,7 +531,7 @@ def test_where_no_thread_can_be_started_the_caller_reads_all(monkeypatch, starte
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
         return submit(pool, *arguments)
 
-    monkeypatch.setattr(exchange.ThreadPoolExecutor, "submit", refuse)
+    monkeypatch.setattr(crew.ThreadPoolExecutor, "submit", refuse)
     store = ScatteringStore()
     distckpt.save(store, {"w": np.arange(4000.0)})
     net = {"w": np.zeros(4000)}
@@ -444,8 +542,8 @@ def test_where_no_thread_can_be_started_the_caller_reads_all(monkeypatch, starte
 
 
 def test_there_are_as_many_threads_as_cores_for_each_rank_of_the_machine(monkeypatch):
-    monkeypatch.setattr(exchange.os, "sched_getaffinity", lambda process: set(range(8)))
-    assert [exchange.threads_for(ranks) for ranks in (1, 2, 3, 4, 8, 100)] == [4, 4, 2, 2, 1, 1]
+    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda process: set(range(8)))
+    assert [crew.threads_for(ranks) for ranks in (1, 2, 3, 4, 8, 100)] == [4, 4, 2, 2, 1, 1]
     neighbours = []
     monkeypatch.setattr(loader, "threads_for", lambda ranks: neighbours.append(ranks) or 1)
     store = MemoryStore()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import struct
+import threading
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import distckpt
-from distckpt import LayoutError, Region, dtypes
+from distckpt import LayoutError, Region, commit, dtypes
 from distckpt.manifest import BLOCK_BYTES, table_bytes
 from distckpt.shardfile import (
     Piece,
@@ -29,7 +30,8 @@ from distckpt.shardfile import (
     table_digest,
 )
 from distckpt.stats import Recorder
-from distckpt.testing import MemoryStore
+from distckpt.store import local, open_store
+from distckpt.testing import MemoryStore, run_ranks
 from distckpt.writer import write_image
 
 _MANY = settings(max_examples=3 * settings.default.max_examples)
@@ -422,6 +424,41 @@ def test_the_sources_are_not_changed():
 
 
 # --------------------------------------------------------------------------------------- as written
+
+
+@pytest.mark.parametrize("cores", [1, 2, 8])
+def test_a_file_in_the_page_cache_is_written_by_two_threads_where_a_core_is_free(
+    cores, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("distckpt.store.local._DIRECT", frozenset())
+    image = image_of([piece("a", LARGE[::-1])], 4096)
+    writers, together = set(), threading.Barrier(min(cores, 2), timeout=20)
+    original = local._LocalSink.write_at
+
+    def write_at(sink, start, data):
+        if threading.get_ident() not in writers and start < image.layout.table_start:
+            writers.add(threading.get_ident())
+            together.wait()  # neither goes on without the other
+        original(sink, start, data)
+
+    monkeypatch.setattr(local._LocalSink, "write_at", write_at)
+    write_image(open_store(tmp_path), "shard", image, file=0, recorder=Recorder(), cores=cores)
+    assert len(writers) == min(cores, 2)
+    assert (tmp_path / "shard").read_bytes() == file_of(image)
+
+
+def test_ranks_share_the_cores_of_the_machine_that_has_most_of_them(monkeypatch):
+    asked = []
+    monkeypatch.setattr(commit, "cores_for_each", lambda neighbours: asked.append(neighbours) or 1)
+    store = MemoryStore()
+    run_ranks(
+        4,
+        lambda comm: [
+            distckpt.save(store, {"w": np.ones(3)}, comm=comm, overwrite=True) for _ in range(2)
+        ],
+        nodes=["a", "b", "a", "a"],
+    )
+    assert asked == [4] * 4 + [3] * 4  # the first commit tells who is where
 
 
 def test_a_written_file_is_the_image_and_its_table():

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distckpt import FlatShard, LayoutError, Net, PerRank, Region, Shard, register_net
+from distckpt.alike import Flattened
 from distckpt.region import boxes_of_run
-from distckpt.state import Flattened, LazyArray, flatten
+from distckpt.state import LazyArray, flatten
 
 one = np.ones(3, np.float32)
 two = np.full(3, 2, np.float32)

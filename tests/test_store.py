@@ -79,6 +79,30 @@ def test_a_relative_path_is_made_absolute(tmp_path, monkeypatch):
     assert store.url == str(tmp_path / "run" / "checkpoint")
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "a",
+        "./a",
+        "a/",
+        "../b",
+        "/x//y/",
+        "a b/ü%20",
+        "~",
+        "~/runs",
+        "a~",
+        "a/./b",
+        ".",
+        "c:d",
+        "a::b",
+    ],
+)
+def test_a_mere_path_is_what_fsspec_takes_it_for(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, found = fsspec.core.url_to_fs(path)
+    assert open_store(path).url == LocalStore(Path(found).absolute()).url
+
+
 def test_opening_makes_nothing(tmp_path):
     open_store(tmp_path / "new")
     assert list(tmp_path.iterdir()) == []

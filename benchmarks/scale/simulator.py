@@ -19,12 +19,13 @@ import numpy as np
 from benchmarks.scale.layouts import PREFIXES, Layout, State, layout_for, reduced
 from benchmarks.scale.models import Model
 from distckpt import codec, prepare
+from distckpt.alike import Flattened
 from distckpt.bundle import Distinct, children
 from distckpt.manifest import BLOCK_BYTES, DATA_ALIGNMENT, Manifest, pad_columns, table_bytes
 from distckpt.plan import Holdings, WritePlan, describe, part_from_bytes, plan_write, summarise
 from distckpt.plan.summary import own_to_bytes
 from distckpt.prepare import Options, digest_of
-from distckpt.state import Flattened, flatten
+from distckpt.state import flatten
 from distckpt.team import Gathered, Operation, Team, ToAll
 
 T = TypeVar("T")

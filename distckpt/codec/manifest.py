@@ -112,14 +112,15 @@ def _count_boxes(layouts: Sequence[Layout], used: np.ndarray) -> int:
 
 
 def _encode_tensors(manifest: Manifest) -> Any:
-    suffix, shared, previous = [], [], ""
+    suffix, shared, previous, length = [], [], "", 0
     left = _MAX_SHARED_BYTES
     for name in manifest.names:
-        prefix = name[: _common(previous, name)]
-        size = len(prefix.encode())
+        length = _common(previous, name, length)
+        prefix = name[:length]
+        size = length if prefix.isascii() else len(prefix.encode())
         if size > left:
-            prefix, size = "", 0
-        suffix.append(name[len(prefix) :])
+            size = length = 0
+        suffix.append(name[length:])
         shared.append(size)
         left -= size
         previous = name
@@ -131,10 +132,14 @@ def _encode_tensors(manifest: Manifest) -> Any:
     )
 
 
-def _common(first: str, second: str) -> int:
-    """Count the characters that two texts begin with alike."""
+def _common(first: str, second: str, guess: int) -> int:
+    """Count the characters that two texts begin with alike; mostly as many as of the two before."""
     # By halves: thousands of long names are compared, each with the one before.
     low, high = 0, min(len(first), len(second))
+    if guess <= high and first[:guess] == second[:guess]:
+        low = guess
+        if low < high and first[low] != second[low]:
+            return low
     while low < high:
         middle = (low + high + 1) // 2
         if first[low:middle] == second[low:middle]:

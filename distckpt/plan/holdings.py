@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distckpt.alike import Flattened
 from distckpt.region import boxes_of_runs
-from distckpt.state import FlatState, Flattened, TensorLeaf, flatten
+from distckpt.state import FlatState, TensorLeaf, flatten
 
 BOX, RUN = 0, 1
 # A model and its optimizer may be loaded, or saved, in turns.
@@ -83,6 +84,15 @@ class Holdings:
             np.concatenate([self.start[plain], start + origin])[order],
             np.concatenate([self.stop[plain], stop + origin])[order],
         )
+
+    def keys(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """List the boxes of all items; the place of each is its key.
+
+        Returns:
+            (keys,) the number of its item; (keys, width) its start and stop.
+        """
+        counts, start, stop = self.boxes()
+        return np.repeat(np.arange(len(counts)), counts), start, stop
 
 
 def describe(tensors: Sequence[TensorLeaf], per_rank: Sequence[str] = ()) -> Holdings:

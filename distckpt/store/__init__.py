@@ -75,10 +75,14 @@ def open_store(
     Raises:
         StoreError: An unknown scheme, or one whose library isn't installed.
     """
-    if isinstance(url, Store):
+    # Whether something is a store is asked last: it takes longer than all else here.
+    if not isinstance(url, (str, os.PathLike)) and isinstance(url, Store):
         return url
     text = os.fspath(url)
     options = dict(storage_options or {})
+    if not options and ":" not in text and not text.startswith("~"):
+        # A mere path, as fsspec sees it, too; each save and load opens one.
+        return LocalStore(Path(text).absolute())
     # Its library's messages would repeat it.
     if text.startswith(_S3) and "@" in text.partition("://")[2].partition("/")[0]:
         raise StoreError(

@@ -132,7 +132,10 @@ def parallel_bytes(store: Store) -> int:
 
 
 def writes_at_once(sink: Sink) -> int:
-    """Return from how many threads a sink is best written to, in any order: 1 for most."""
+    """Return from how many threads a sink may be written to, in any order: 1 for most.
+
+    More than one is faster where a device works meanwhile (`wants_aligned`), or a core is free.
+    """
     return int(getattr(sink, "writes_at_once", 1))
 
 

@@ -32,7 +32,8 @@ _CERTAIN = frozenset(
 # slower. So the kind of file system decides, and not whether it can be opened so.
 _DIRECT = frozenset({"ext4", "xfs"})
 _DIRECT_BYTES = 1 << 20  # what is shorter is not worth it
-_DIRECT_WRITES = 2
+# More threads than this wait for one another: the kernel writes to a file one after another.
+_WRITES = 2
 _ALIGNMENT = 4096
 
 _BUFFERS_AT_ONCE = 1024  # the system's limit
@@ -211,7 +212,7 @@ class _LocalSink:
         self._path, self._partial, self._descriptor = path, partial, descriptor
         self._direct = -1
         self._refused = False
-        self.writes_at_once = 1
+        self.writes_at_once = _WRITES
 
     @property
     def wants_aligned(self) -> bool:
@@ -224,7 +225,6 @@ class _LocalSink:
         except OSError as exc:
             _note_indirect(self._path.parent, exc.strerror)
             return
-        self.writes_at_once = _DIRECT_WRITES
         try:
             os.posix_fallocate(self._descriptor, 0, length_bytes)
         except OSError as exc:

@@ -1,0 +1,162 @@
+"""Taking a state apart that is like one before: nothing is looked at but whether it is."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from distckpt.errors import LayoutError
+from distckpt.state import FlatShard, FlatState, LaterLeaves, Leaf, LeafModel, Shard
+
+_WRITEABLE = operator.attrgetter("flags.writeable")
+_PIECES = frozenset({np.ndarray, Shard, FlatShard})
+_DEEPEST = 64
+_IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None)})
+
+
+class Flattened:
+    """What a state is like, to take the next one apart that is like it.
+
+    A training loop saves the same again and again, in dicts: then nothing needs to be looked at but
+    whether keys, shapes, dtypes and places are the same. No array is kept.
+
+    Attributes:
+        tensors: How many tensors it has.
+    """
+
+    def __init__(self, flat: FlatState) -> None:
+        self.tensors = len(flat.tensors)
+        walked = None if flat.per_rank else _walk_dicts(flat.state)
+        self._like: list[object] | None = None
+        if walked is None or len(walked.leaves) != len(flat.tensors) + len(flat.values):
+            return
+        leaves = walked.leaves
+        self._kinds = list(map(type, leaves))
+        self._pieces = [i for i, kind in enumerate(self._kinds) if kind not in _IMMUTABLE]
+        pieces, arrays = self._arrays(leaves)
+        if {type(piece) for piece in pieces} <= _PIECES and {type(a) for a in arrays} <= {
+            np.ndarray
+        }:
+            self._like = [walked.keys, self._kinds, _seen(pieces, arrays)]
+            self._values = dict(zip(self._others(), flat.values, strict=True))
+            self._like_of = LeafModel(flat.tensors)
+
+    def again(self, state: object, *, replaces: bool = False) -> FlatState | None:
+        """Take the next state apart.
+
+        Args:
+            state: The state.
+            replaces: Whether leaves may be replaced; that takes a little longer.
+
+        Returns:
+            It, or None if it isn't the like.
+        """
+        walked = _walk_dicts(state) if self._like is not None else None
+        if walked is None or [walked.keys, list(map(type, walked.leaves))] != self._like[:2]:  # type: ignore[index]
+            return None
+        leaves = walked.leaves
+        pieces, arrays = self._arrays(leaves)
+        if set(map(type, arrays)) - {np.ndarray} or _seen(pieces, arrays) != self._like[2]:  # type: ignore[index]
+            return None
+        # What is filled where it is is not replaced.
+        replaces = replaces and not (len(arrays) == len(leaves) and all(map(_WRITEABLE, arrays)))
+        setters = walked.setters() if replaces else [_unreplaceable] * len(leaves)
+        values = {
+            name: Leaf(name, leaves[index], setters[index]) for index, name in self._values.items()
+        }
+        replace = [setters[index] for index in self._pieces]
+        return FlatState(LaterLeaves(self._like_of, pieces, arrays, replace), values, {}, state)
+
+    def _others(self) -> list[int]:
+        return [i for i, kind in enumerate(self._kinds) if kind in _IMMUTABLE]
+
+    def _arrays(self, leaves: list[object]) -> tuple[list[Any], list[Any]]:
+        pieces: list[Any] = [leaves[index] for index in self._pieces]
+        return pieces, [
+            piece.array if type(piece) is Shard or type(piece) is FlatShard else piece
+            for piece in pieces
+        ]
+
+
+def _unreplaceable(value: object) -> None:
+    raise LayoutError(f"a state that is saved takes no new value ({type(value).__qualname__})")
+
+
+def _seen(pieces: Sequence[Any], arrays: Sequence[Any]) -> list[object]:
+    """List what a plan depends on of each piece."""
+    shards = [piece for piece in pieces if type(piece) is Shard]
+    runs = [piece for piece in pieces if type(piece) is FlatShard]
+    return [
+        [array.shape for array in arrays],
+        [array.dtype for array in arrays],
+        [shard.offset for shard in shards],
+        [shard.global_shape for shard in shards],
+        [(run.start, run.global_shape, run.region) for run in runs],
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Walked:
+    """Nested dicts, in the order in which they are flattened.
+
+    Attributes:
+        dicts: All of them.
+        keys: Of each, its keys.
+        leaves: What lies in them and is no dict.
+    """
+
+    dicts: list[dict[object, object]]
+    keys: list[tuple[object, ...]]
+    leaves: list[object]
+
+    def setters(self) -> list[Callable[[object], None]]:
+        """Return for each leaf what puts another in its place."""
+        found: list[Callable[[object], None]] = []
+        inner = iter(self.dicts)
+        todo = [(next(inner), iter(self.keys[0]))]
+        while todo:
+            node, keys = todo[-1]
+            for key in keys:
+                if type(node[key]) is dict:
+                    below = next(inner)
+                    todo.append((below, iter(below)))
+                    break
+                found.append(partial(operator.setitem, node, key))
+            else:
+                todo.pop()
+        return found
+
+
+def _walk_dicts(state: object) -> _Walked | None:
+    """List the keys and the leaves of nested dicts; None where it is something else."""
+    if type(state) is not dict:
+        return None
+    found = _Walked([], [], [])
+    todo: list[Iterator[object]] = []
+    node: dict[object, object] = state
+    while True:
+        found.dicts.append(node)
+        found.keys.append(tuple(node))
+        if dict in set(map(type, node.values())):
+            todo.append(iter(node.values()))
+        else:
+            found.leaves.extend(node.values())
+        while todo:
+            for value in todo[-1]:
+                if type(value) is dict:
+                    node = value
+                    break
+                found.leaves.append(value)
+            else:
+                todo.pop()
+                continue
+            break
+        else:
+            return found
+        if len(todo) > _DEEPEST:
+            return None
