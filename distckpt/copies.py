@@ -154,7 +154,7 @@ class Work:
         is_run: (rows,) whether the row's bytes lie in one stretch of the file.
         start_byte: (rows,) where the stretch from the first to the last of them begins in the file.
         stop_byte: (rows,) and where it ends.
-        schedule: The newest `Schedule` of it, for who does the same again; None at first.
+        schedules: Those of it (`Schedule`), to be used again; the one that was used last is last.
     """
 
     def __init__(self, fragments: Fragments, block_bytes: int) -> None:
@@ -164,7 +164,7 @@ class Work:
         self.file, self.block = fragments.file, fragments.block
         self.itemsize = fragments.itemsize
         self._fragments = fragments
-        self.schedule: Any = None
+        self.schedules: list[Any] = []
         piece, offset = fragments.piece_start, fragments.offset_bytes
         extent = fragments.piece_stop - piece
         start, stop = fragments.start - piece, fragments.stop - piece

@@ -220,11 +220,11 @@ class _Exchange:
         schedule = self._schedule
         if not schedule.own[row]:
             return done.slots[row].data
-        return self._memory(row, int(schedule.work.key[row]), int(schedule.place[row]))
+        return self._memory(row, int(schedule.key[row]), int(schedule.place[row]))
 
     def _memory(self, row: int, key: int, place: int) -> memoryview:
         """Return the stretch of this rank's own memory where a row goes."""
-        last = place + int(self._schedule.work.size_bytes[row])
+        last = place + int(self._schedule.size_bytes[row])
         return self._into.memories(np.array([key]), np.array([place]), np.array([last]))[0]
 
     def _read_one(self, read: Read, worker: Worker, done: _Sent) -> None:

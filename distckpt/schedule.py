@@ -32,6 +32,8 @@ _GAP_BYTES = 16 << 10
 _AT_ONCE_BYTES = 8 << 20
 # How much goes together: it is to stay in the processor's cache until it is taken apart.
 _TOGETHER_BYTES = 1 << 20
+# So many are kept of one work: a net may be loaded now with checks and now without.
+_KEPT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,7 @@ class Stream:
 
     Args:
         schedule: Of this rank.
+        work: What to do.
         peer: The other rank.
         rows: The rows of this round that the one reads and the other wants, in order.
 
@@ -171,8 +174,7 @@ class Stream:
         alone: Of each part, whether it is a row alone.
     """
 
-    def __init__(self, schedule: Schedule, peer: int, rows: np.ndarray) -> None:
-        work = schedule.work
+    def __init__(self, schedule: Schedule, work: Work, peer: int, rows: np.ndarray) -> None:
         self.peer = peer
         size = work.size_bytes[rows]
         alone = work.is_long[rows] & (not schedule.setting.skips)
@@ -219,8 +221,9 @@ class Schedule:
         setting: The rest that it depends on.
 
     Attributes:
-        work: See above.
         setting: See above.
+        key: (rows,) whose memory each goes to.
+        size_bytes: (rows,) how many bytes of its block are wanted.
         own: (rows,) whether this rank wants it.
         place: (rows,) at which byte of its own memory what it wants goes; -1 where it is copied
             box by box, and for what others want.
@@ -231,7 +234,8 @@ class Schedule:
     """
 
     def __init__(self, work: Work, setting: Setting) -> None:
-        self.work, self.setting = work, setting
+        self.setting = setting
+        self.key, self.size_bytes = work.key, work.size_bytes
         mine = work.reader == setting.rank
         self.own = own = work.consumer == setting.rank
         self.place = np.full(len(work), -1)
@@ -242,7 +246,7 @@ class Schedule:
         self.twin = homes.twin
         # A long run that another rank gets leaves from where it is.
         copied = own | ~(work.is_long & (homes.twin >= 0))
-        reads = _Reads(self, homes, copied)
+        reads = _Reads(self, work, homes, copied)
         boxed = mine & ~work.is_run
         boxed |= own & (self.place < 0)
         boxed |= own & mine & ~homes.is_home
@@ -260,11 +264,11 @@ class Schedule:
             Round(
                 reads.of_round.get(int(work.round[rows[0]]), []),
                 [
-                    Stream(self, consumer, some)
+                    Stream(self, work, consumer, some)
                     for consumer, some in _by(work.consumer, rows[mine[rows] & ~own[rows]])
                 ],
                 [
-                    Stream(self, reader, some)
+                    Stream(self, work, reader, some)
                     for reader, some in _by(work.reader, rows[own[rows] & ~mine[rows]])
                 ],
             )
@@ -273,11 +277,11 @@ class Schedule:
 
     @classmethod
     def of(cls, work: Work, setting: Setting) -> Schedule:
-        """Return the schedule of some work; the newest one is kept with it, and used again."""
-        kept = work.schedule
-        if isinstance(kept, cls) and kept.setting.is_like(setting):
-            return kept
-        work.schedule = found = cls(work, setting)
+        """Return the schedule of some work; those that were used last are kept with it."""
+        like = (kept for kept in reversed(work.schedules) if kept.setting.is_like(setting))
+        found: Schedule = next(like, None) or cls(work, setting)
+        others = [kept for kept in work.schedules if kept is not found]
+        work.schedules = [*others, found][-_KEPT:]
         return found
 
 
@@ -345,7 +349,8 @@ class _Reads:
     """How the blocks that a rank reads are taken apart.
 
     Args:
-        schedule: What is known already: its work and setting, what is its own, and where it goes.
+        schedule: What is known already: its setting, what is its own, and where it goes.
+        work: What to do.
         homes: Which rows are read straight to their places.
         copied: (rows,) whether a row that is none of those must be copied.
 
@@ -355,9 +360,9 @@ class _Reads:
         parted: (rows,) whether the row's block is read in parts.
     """
 
-    def __init__(self, schedule: Schedule, homes: _Homes, copied: np.ndarray) -> None:
-        self._schedule = schedule
-        work, setting = schedule.work, schedule.setting
+    def __init__(self, schedule: Schedule, work: Work, homes: _Homes, copied: np.ndarray) -> None:
+        self._schedule, self._work = schedule, work
+        setting = schedule.setting
         mine, number = homes.mine, homes.number
         edges = np.arange(int(number[-1]) + 2) if len(number) else np.zeros(1, np.int64)
         first = mine[np.searchsorted(number, edges[:-1])]
@@ -396,7 +401,7 @@ class _Reads:
 
     def _cut(self, numbers: np.ndarray) -> None:
         """Cut blocks into parts, between lines of the pieces in them."""
-        work, rows = self._schedule.work, self._rest
+        work, rows = self._work, self._rest
         count = -(-(self._spans[numbers, 1] - self._spans[numbers, 0]) // _PART_BYTES)
         number = np.repeat(numbers, count)
         byte = (np.arange(len(number)) - np.repeat(np.cumsum(count) - count, count)) * _PART_BYTES
@@ -417,7 +422,7 @@ class _Reads:
 
     def add_copies(self, boxes: Mapping[int, Sequence[Box]]) -> None:
         """Note what is copied from each block; the boxes are those of blocks read in one."""
-        schedule, work, rows = self._schedule, self._schedule.work, self._rest
+        schedule, work, rows = self._schedule, self._work, self._rest
         start = work.start_byte[rows] - self._spans[self._rest_number, 0]
         columns = (
             rows,
@@ -452,7 +457,7 @@ class _Reads:
 
     def _boxes_of_parts(self) -> dict[int, dict[int, list[Box]]]:
         """Cut the rows of blocks that are read in parts: row → part → boxes."""
-        schedule, work = self._schedule, self._schedule.work
+        schedule, work = self._schedule, self._work
         boxed = (self.parted & (schedule.own | ~work.is_run))[self._rest]
         rows, number = self._rest[boxed], self._rest_number[boxed]
         count = np.array([max(len(read.edges) - 1, 0) for read in self.all], np.int64)
@@ -480,7 +485,7 @@ class _Reads:
             number: (n,) the number of each one's block.
             loose: (blocks,) whether it need not be read whole.
         """
-        schedule, work, spans = self._schedule, self._schedule.work, self._spans
+        schedule, work, spans = self._schedule, self._work, self._spans
         start, stop, is_loose = work.start_byte[rows], work.stop_byte[rows], loose[number]
         new = np.ones(len(rows), bool)
         new[1:] = number[1:] != number[:-1]

@@ -280,14 +280,22 @@ def test_loads_that_are_alike_work_out_once_what_goes_where(monkeypatch):
     store = ScatteringStore()
     distckpt.save(store, {"w": np.arange(4000.0), "b": np.ones(3)})
 
-    def go(comm):
-        for width in (1, 1, 1, 2, 1):
-            wants = {"w": np.zeros((4000, width))[:, 0], "b": np.zeros(3)}
-            distckpt.load_into(store, wants, comm=comm)
-            assert np.array_equal(wants["w"], np.arange(4000.0))
-        return len(made)
+    ways = [
+        (width, verify, skip) for width in (1, 2) for verify in (True, False) for skip in (0, 1)
+    ]
 
-    assert run_ranks(1, go) == [3]  # for other memory, and again: the newest one is kept
+    def go(comm):
+        found = []
+        for width, verify, skip in [ways[number] for number in (0, 0, 1, 2, 3, 0, 4, 1, 0)]:
+            wants = {"w": np.zeros((4000, width))[:, 0], "b": np.zeros(3)}
+            on_corrupt = "skip" if skip else "raise"
+            distckpt.load_into(store, wants, comm=comm, verify=verify, on_corrupt=on_corrupt)
+            assert np.array_equal(wants["w"], np.arange(4000.0))
+            found.append(len(made))
+        return found
+
+    # Four are kept: the second was forgotten when a fifth came, and with it the next one.
+    assert run_ranks(1, go) == [[1, 1, 2, 3, 4, 4, 5, 6, 6]]
 
 
 def test_no_line_of_a_tensor_is_copied_in_two(monkeypatch):
