@@ -329,8 +329,7 @@ class _Targets:
     @classmethod
     def of(cls, manifest: Manifest, held: Holdings, saved: np.ndarray) -> _Targets:
         """Make them of what a rank wants, and of the saved tensor of each item."""
-        counts, start, stop = held.boxes()
-        item = np.repeat(np.arange(len(counts)), counts)
+        item, start, stop = held.keys()
         tensor = saved[item]
         keep = np.zeros(len(item), np.int64)
         loaded = tensor >= 0

@@ -228,10 +228,10 @@ class Filling:
     def names(self) -> list[str]:
         """Names of the tensors of which any byte may have changed."""
         names = self._wanted.held.names
-        if self.touched.all():
-            return list(names)
         changed = np.zeros(len(names), bool)
         changed[self._item[self.touched]] = True
+        if changed.all():
+            return list(names)
         return [names[item] for item in np.flatnonzero(changed).tolist()]
 
     def dtype(self, key: int) -> np.dtype:

@@ -365,6 +365,19 @@ def test_damage_fails_a_load_and_every_changed_tensor_is_named(threads, case, pl
             assert ((found == part_of(left, leaf)) | (found == part_of(whole, leaf))).all()
 
 
+def test_a_tensor_that_has_no_byte_here_is_not_named_as_changed():
+    store = ScatteringStore()
+    distckpt.save(store, {"w": np.ones(4000), "v": np.ones(6)})
+    (name,) = shards_of(store)
+    data = bytearray(store.objects[name])
+    data[2 * _BLOCK] ^= 1
+    store.objects[name] = bytes(data)
+    wants = {"w": np.zeros(4000), "v": FlatShard(np.zeros(0), 0, (6,))}
+    with pytest.raises(LoadFailed) as failed:
+        distckpt.load_into(store, wants)
+    assert failed.value.touched == ["w"]
+
+
 @_BY_THREADS
 @given(data=st.data())
 def test_a_slice_is_numpys(threads, data):
