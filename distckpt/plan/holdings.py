@@ -62,15 +62,16 @@ class Holdings:
             if name not in {"names", "per_rank"}
         )
 
-    def boxes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Cut runs into boxes.
+    def keys(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """List the boxes that the items are made of; the place of each is its key.
+
+        A run is cut into boxes; one without elements has none.
 
         Returns:
-            How many boxes each item has (a run without elements has none), and all boxes' start and
-            stop, by item.
+            (keys,) the number of its item, rising; (keys, width) its start and stop.
         """
         if not (self.kind == RUN).any():
-            return np.ones(len(self.names), np.int64), self.start, self.stop
+            return np.arange(len(self.names)), self.start, self.stop
         runs = np.flatnonzero((self.kind == RUN) & (self.first < self.last))
         plain = np.flatnonzero(self.kind == BOX)
         of, start, stop = boxes_of_runs(
@@ -80,19 +81,10 @@ class Holdings:
         order = np.argsort(item, kind="stable")
         origin = self.start[runs[of]]
         return (
-            np.bincount(item, minlength=len(self.names)),
+            item[order],
             np.concatenate([self.start[plain], start + origin])[order],
             np.concatenate([self.stop[plain], stop + origin])[order],
         )
-
-    def keys(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """List the boxes of all items; the place of each is its key.
-
-        Returns:
-            (keys,) the number of its item; (keys, width) its start and stop.
-        """
-        counts, start, stop = self.boxes()
-        return np.repeat(np.arange(len(counts)), counts), start, stop
 
 
 def describe(tensors: Sequence[TensorLeaf], per_rank: Sequence[str] = ()) -> Holdings:
