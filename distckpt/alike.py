@@ -1,9 +1,9 @@
-"""Taking a state apart that is like one before: nothing is looked at but whether it is."""
+"""Taking states apart fast: nested dicts of arrays, and what is like a state before."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from distckpt.errors import LayoutError
-from distckpt.state import FlatShard, FlatState, LaterLeaves, Leaf, LeafModel, Shard
+from distckpt.state import FlatShard, FlatState, LaterLeaves, Leaf, LeafModel, Shard, are_good_names
 
 _WRITEABLE = operator.attrgetter("flags.writeable")
 _PIECES = frozenset({np.ndarray, Shard, FlatShard})
 _DEEPEST = 64
 _IMMUTABLE = frozenset({int, float, bool, str, bytes, type(None)})
+_SIMPLE = _IMMUTABLE | {np.ndarray}
 
 
 class Flattened:
@@ -44,7 +45,7 @@ class Flattened:
         }:
             self._like = [walked.keys, self._kinds, _seen(pieces, arrays)]
             self._values = dict(zip(self._others(), flat.values, strict=True))
-            self._like_of = LeafModel(flat.tensors)
+            self._like_of = LeafModel.of(flat.tensors)
 
     def again(self, state: object, *, replaces: bool = False) -> FlatState | None:
         """Take the next state apart.
@@ -59,18 +60,13 @@ class Flattened:
         walked = _walk_dicts(state) if self._like is not None else None
         if walked is None or [walked.keys, list(map(type, walked.leaves))] != self._like[:2]:  # type: ignore[index]
             return None
-        leaves = walked.leaves
-        pieces, arrays = self._arrays(leaves)
+        pieces, arrays = self._arrays(walked.leaves)
         if set(map(type, arrays)) - {np.ndarray} or _seen(pieces, arrays) != self._like[2]:  # type: ignore[index]
             return None
-        # What is filled where it is is not replaced.
-        replaces = replaces and not (len(arrays) == len(leaves) and all(map(_WRITEABLE, arrays)))
-        setters = walked.setters() if replaces else [_unreplaceable] * len(leaves)
-        values = {
-            name: Leaf(name, leaves[index], setters[index]) for index, name in self._values.items()
-        }
+        setters = walked.setters(arrays, replaces=replaces)
         replace = [setters[index] for index in self._pieces]
-        return FlatState(LaterLeaves(self._like_of, pieces, arrays, replace), values, {}, state)
+        leaves = LaterLeaves(self._like_of, pieces, arrays, replace)
+        return FlatState(leaves, walked.values(self._values, setters), {}, state)
 
     def _others(self) -> list[int]:
         return [i for i, kind in enumerate(self._kinds) if kind in _IMMUTABLE]
@@ -81,6 +77,34 @@ class Flattened:
             piece.array if type(piece) is Shard or type(piece) is FlatShard else piece
             for piece in pieces
         ]
+
+
+def flatten_dicts(state: object, *, replaces: bool = False) -> FlatState | None:
+    """Take nested dicts of numpy's arrays and plain values apart, thousands at once.
+
+    Args:
+        state: The state.
+        replaces: Whether leaves may be replaced; that takes a little longer.
+
+    Returns:
+        What `flatten` does. None for any other state, and one with a fault: then it names that.
+    """
+    walked = _walk_dicts(state)
+    if walked is None:
+        return None
+    kinds = list(map(type, walked.leaves))
+    if not set(kinds) <= _SIMPLE:
+        return None
+    names = walked.names()
+    at = [index for index, kind in enumerate(kinds) if kind is np.ndarray]
+    arrays: list[Any] = [walked.leaves[index] for index in at]
+    model = LeafModel.of_arrays([names[index] for index in at], arrays)
+    others = {index: names[index] for index, kind in enumerate(kinds) if kind in _IMMUTABLE}
+    if model is None or not are_good_names(names):
+        return None
+    setters = walked.setters(arrays, replaces=replaces)
+    leaves = LaterLeaves(model, arrays, arrays, [setters[index] for index in at])
+    return FlatState(leaves, walked.values(others, setters), {}, state)
 
 
 def _unreplaceable(value: object) -> None:
@@ -114,22 +138,46 @@ class _Walked:
     keys: list[tuple[object, ...]]
     leaves: list[object]
 
-    def setters(self) -> list[Callable[[object], None]]:
-        """Return for each leaf what puts another in its place."""
-        found: list[Callable[[object], None]] = []
+    def names(self) -> list[str]:
+        """Return each leaf's name."""
+        return [f"{prefix}{key}" for prefix, _, key in self._places()]
+
+    def setters(
+        self, arrays: Sequence[np.ndarray], *, replaces: bool
+    ) -> Sequence[Callable[[object], None]]:
+        """Return for each leaf what puts another in its place.
+
+        Args:
+            arrays: Those of the leaves: what is filled where it is is not replaced.
+            replaces: Whether any leaf is.
+        """
+        filled = len(arrays) == len(self.leaves) and all(map(_WRITEABLE, arrays))
+        if filled or not replaces:
+            return [_unreplaceable] * len(self.leaves)
+        return [partial(operator.setitem, node, key) for _, node, key in self._places()]
+
+    def values(
+        self, names: Mapping[int, str], setters: Sequence[Callable[[object], None]]
+    ) -> dict[str, Leaf]:
+        """Return the leaves of some names, by the numbers of the leaves."""
+        return {
+            name: Leaf(name, self.leaves[index], setters[index]) for index, name in names.items()
+        }
+
+    def _places(self) -> Iterator[tuple[str, dict[object, object], object]]:
+        """Yield where the leaves are: what their names begin with, the dict and the key."""
         inner = iter(self.dicts)
-        todo = [(next(inner), iter(self.keys[0]))]
+        todo = [("", next(inner), iter(self.keys[0]))]
         while todo:
-            node, keys = todo[-1]
+            prefix, node, keys = todo[-1]
             for key in keys:
                 if type(node[key]) is dict:
                     below = next(inner)
-                    todo.append((below, iter(below)))
+                    todo.append((f"{prefix}{key}.", below, iter(below)))
                     break
-                found.append(partial(operator.setitem, node, key))
+                yield prefix, node, key
             else:
                 todo.pop()
-        return found
 
 
 def _walk_dicts(state: object) -> _Walked | None:

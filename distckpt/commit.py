@@ -100,7 +100,7 @@ def commit(save: Save, *, blocks: bool = False) -> Waiting[tuple[Manifest | None
 
 def _commit(save: Save, ranks: dict[int, RankStats], *, blocks: bool) -> Waiting[Manifest | None]:
     """Commit; at the coordinator, *ranks* takes what it cost each."""
-    operation, store = save.operation, save.store
+    operation, store, plan = save.operation, save.store, save.known.plan
     outcome = {
         "error": save.failure,
         "node": save.node,
@@ -115,6 +115,11 @@ def _commit(save: Save, ranks: dict[int, RankStats], *, blocks: bool) -> Waiting
     result: dict[str, Any] = {"error": None}
     manifest: Manifest | None = None
     try:
+        # While others still write: they were told their parts a little later.
+        if plan is not None and save.known.structure is None:
+            save.known.structure = yield from in_thread(
+                lambda: codec.encode_structure(plan, files=plan.files), here=blocks
+            )
         outcomes = yield from operation.gather(0, outcome, "finish writing")
         if outcomes is not None:
             nodes = Counter(one["node"] for one in outcomes)
@@ -187,8 +192,6 @@ def _commit_at_coordinator(save: Save, outcomes: Sequence[Mapping[str, Any]]) ->
     _look_up(save, outcomes)
     manifest = _make_manifest(save, plan, outcomes)
     replaced = _read_replaced(store) if save.options.overwrite else None
-    if save.known.structure is None:
-        save.known.structure = codec.encode_structure(manifest)
     data = codec.encode(manifest, save.known.structure)
     if save.known.saves == 1:
         # What a reader would refuse must not become the last committed checkpoint. Later saves of a

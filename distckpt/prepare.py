@@ -389,7 +389,7 @@ def _layouts(known: Known, mine: _Mine, *, rank: int) -> Layouts:
     """Return what is where in this rank's files: as in the save before, unless that was other."""
     blobs = {name: len(blob) for name, blob in mine.blobs.items()}
     if known.layouts is None or known.layouts.blobs != blobs:
-        known.layouts = Layouts(mine.flat.tensors, known.part, blobs, rank=rank)
+        known.layouts = Layouts(mine.held, known.part, blobs, rank=rank)
     return known.layouts
 
 

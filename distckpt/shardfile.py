@@ -102,11 +102,6 @@ class Piece(NamedTuple):  # thousands are made at a first save: a tuple is made 
     dtype: dtypes.Dtype
     shape: tuple[int, ...]
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
 
 class ShardLayout:
     """What lies where in a shard file. It holds no array, so it can be kept from save to save.
@@ -133,10 +128,14 @@ class ShardLayout:
     def __init__(self, pieces: Sequence[Piece], block_bytes: int) -> None:
         self.pieces = list(pieces)
         self.block_bytes = block_bytes
-        sizes = self.sizes = [piece.size_bytes for piece in self.pieces]
+        kinds = [piece.dtype.numpy for piece in self.pieces]
+        sizes = self.sizes = [
+            math.prod(piece.shape) * kind.itemsize
+            for piece, kind in zip(self.pieces, kinds, strict=True)
+        ]
         self.plain = [
-            piece.dtype.numpy if size and piece.dtype.numpy.isbuiltin == 1 else None
-            for piece, size in zip(self.pieces, sizes, strict=True)
+            kind if size and kind.isbuiltin == 1 else None
+            for kind, size in zip(kinds, sizes, strict=True)
         ]
         data_bytes = sum(sizes)
         entries = _entries(self.pieces, sizes, block_bytes)

@@ -345,7 +345,7 @@ def _runs(layout: ShardLayout, when: Sequence[int]) -> list[Run]:
     for early in (LATER, NOW):
         edges = np.zeros(layout.blocks + 1, np.int64)
         for piece, found in enumerate(when):
-            if found == early and layout.pieces[piece].size_bytes:
+            if found == early and layout.sizes[piece]:
                 edges[layout.starts[piece] // layout.block_bytes] += 1
                 edges[(layout.starts[piece + 1] - 1) // layout.block_bytes + 1] -= 1
         kind[np.cumsum(edges)[:-1] > 0] = early

@@ -315,30 +315,75 @@ _NEW: Callable[..., Any] = tuple.__new__
 _IN_ORDER = operator.attrgetter("flags.carray")
 
 
+@dataclass(frozen=True, slots=True)
 class LeafModel:
-    """What leaves are like but for what they hold.
+    """What tensors are like but for what they hold: in columns, as `TensorLeaf` has them.
 
     Attributes:
         names: Their names.
-        rest: Columns: what else is in a `TensorLeaf`, but for its leaf and array.
-        native: Whether each has the dtype that a file has.
+        dtype: Their types.
+        shape: The whole tensors' shapes.
+        region: The pieces, or None for runs.
+        start: First elements of runs, else None.
+        parent: The boxes in whose C order runs lie.
+        native: Whether each array has the dtype that a file has.
     """
 
-    def __init__(self, tensors: Sequence[TensorLeaf]) -> None:
-        self.names = [tensor.name for tensor in tensors]
-        self.rest = list(zip(*(tensor[2:] for tensor in tensors), strict=True))
-        self.native = [tensor.array.dtype == tensor.dtype.numpy for tensor in tensors]
-        self.are_native = all(self.native)
+    names: Sequence[str]
+    dtype: Sequence[dtypes.Dtype]
+    shape: Sequence[tuple[int, ...]]
+    region: Sequence[Region | None]
+    start: Sequence[int | None]
+    parent: Sequence[Region | None]
+    native: Sequence[bool]
+
+    @classmethod
+    def of(cls, tensors: Sequence[TensorLeaf]) -> LeafModel:
+        """Return some tensors'."""
+        if isinstance(tensors, LaterLeaves):
+            return tensors.model
+        if not tensors:
+            return cls(*[()] * 7)
+        leaf, array, dtype, shape, region, start, parent = zip(*tensors, strict=True)
+        native = [one.dtype == found.numpy for one, found in zip(array, dtype, strict=True)]
+        return cls([one.name for one in leaf], dtype, shape, region, start, parent, native)
+
+    @classmethod
+    def of_arrays(cls, names: Sequence[str], arrays: Sequence[np.ndarray]) -> LeafModel | None:
+        """Return that of whole tensors; None where `flatten` has to look at one."""
+        kinds, shapes = [array.dtype for array in arrays], [array.shape for array in arrays]
+        known = {kind: found for kind in set(kinds) if (found := dtypes.find(kind)) is not None}
+        if (
+            len(known) < len(set(kinds))
+            or not all(map(math.prod, shapes))
+            or max(map(len, shapes), default=0) > MAX_DIMENSIONS
+        ):
+            return None
+        native = {kind: kind == found.numpy for kind, found in known.items()}
+        none = [None] * len(arrays)
+        return cls(
+            names,
+            [known[kind] for kind in kinds],
+            shapes,
+            list(map(_whole, shapes)),
+            none,
+            none,
+            [native[kind] for kind in kinds],
+        )
 
 
 class LaterLeaves(Sequence[TensorLeaf]):
-    """The tensors of a state that is like one before, made when asked for: mostly nobody does.
+    """The tensors of a state, made when asked for: mostly nobody does.
 
     Args:
         model: What they are like.
         pieces: What lies in the state.
         arrays: The memory of each.
         replace: Puts another in the place of each.
+
+    Attributes:
+        model: See above.
+        arrays: See above.
     """
 
     def __init__(
@@ -348,8 +393,9 @@ class LaterLeaves(Sequence[TensorLeaf]):
         arrays: list[Any],
         replace: list[Callable[[object], None]],
     ) -> None:
+        self.model = model
         self.arrays: list[Any] = arrays
-        self._model, self._pieces, self._replace = model, pieces, replace
+        self._pieces, self._replace = pieces, replace
 
     def __len__(self) -> int:
         return len(self.arrays)
@@ -366,19 +412,19 @@ class LaterLeaves(Sequence[TensorLeaf]):
 
     def takes_bytes(self) -> list[bool]:
         """See `FlatState.takes_bytes`: these are numpy's arrays, and in no net."""
-        model = self._model
         in_order = list(map(_IN_ORDER, self.arrays))
-        if model.are_native:
+        if all(self.model.native):
             return in_order
-        return [a and b for a, b in zip(in_order, model.native, strict=True)]
+        return [a and b for a, b in zip(in_order, self.model.native, strict=True)]
 
     @cached_property
     def _made(self) -> list[TensorLeaf]:
         # As `Leaf(…)` and `TensorLeaf(…)`, without a call of Python's own for each.
-        model = self._model
+        model = self.model
         columns = zip(model.names, self._pieces, self._replace, repeat(None), strict=False)
         leaves = map(_NEW, repeat(Leaf), columns)
-        made = zip(leaves, self.arrays, *model.rest, strict=True)
+        rest = model.dtype, model.shape, model.region, model.start, model.parent
+        made = zip(leaves, self.arrays, *rest, strict=True)
         return list(map(_NEW, repeat(TensorLeaf), made))
 
 
@@ -475,12 +521,7 @@ def flatten(state: object) -> FlatState:
 
 def _well_named(leaves: list[Leaf], problems: list[str]) -> list[Leaf]:
     """Keep the leaves that have a name of their own that can be stored."""
-    names = [leaf.name for leaf in leaves]
-    known = dict.fromkeys(names)
-    together = "".join(known)
-    # All at once, as mostly none is wrong.
-    easy = together.isascii() and "\0" not in together
-    if len(known) == len(leaves) and easy and max(map(len, names), default=0) <= MAX_NAME_BYTES:
+    if are_good_names([leaf.name for leaf in leaves]):
         return leaves
     kept: dict[str, Leaf] = {}
     for leaf in leaves:
@@ -492,6 +533,18 @@ def _well_named(leaves: list[Leaf], problems: list[str]) -> list[Leaf]:
         else:
             kept[leaf.name] = leaf
     return list(kept.values())
+
+
+def are_good_names(names: Sequence[str]) -> bool:
+    """Whether all are different and can be stored; not all that are so are found to be."""
+    known = set(names)
+    together = "".join(known)
+    return (
+        len(known) == len(names)
+        and together.isascii()
+        and "\0" not in together
+        and max(map(len, names), default=0) <= MAX_NAME_BYTES
+    )
 
 
 def _name_problem(name: str) -> str | None:
@@ -517,7 +570,8 @@ def _walk(state: object, problems: list[str], changes: dict[str, object]) -> Ite
         prefix, node, children = todo[-1]
         for key, value, replace, net in children:
             name = f"{prefix}.{key}" if len(todo) > 1 else key
-            if not _is_container(value):
+            # Asked first what is true of most.
+            if type(value) is np.ndarray or not _is_container(value):
                 yield Leaf(name, value, replace or partial(changes.__setitem__, name), net)
             elif id(value) in above:
                 problems.append(f"{name!r}: the state contains itself")

@@ -10,8 +10,8 @@ import numpy as np
 
 from distckpt import dtypes
 from distckpt.arena import allocate
-from distckpt.manifest import BLOCK_BYTES
-from distckpt.plan import WritePart
+from distckpt.manifest import BLOCK_BYTES, pad_columns
+from distckpt.plan import Holdings, WritePart
 from distckpt.region import Region
 from distckpt.shardfile import (
     Piece,
@@ -22,7 +22,7 @@ from distckpt.shardfile import (
     table_digest,
 )
 from distckpt.staging import Staging, fill_checked
-from distckpt.state import Array, TensorLeaf
+from distckpt.state import Array
 from distckpt.stats import Recorder
 from distckpt.store import Sink, Store, wants_aligned, writes_at_once
 from distckpt.waiting import Interrupt
@@ -52,7 +52,7 @@ class Layouts:
     """Which files a rank writes, and what is where in them; the same for all saves of a plan.
 
     Args:
-        tensors: This rank's tensors; the part's items are indices into them.
+        held: This rank's tensors; the part's items are indices into them.
         part: This rank's part of the plan.
         blobs: Name of each per-rank value → its length in bytes.
         rank: This rank.
@@ -64,7 +64,7 @@ class Layouts:
 
     def __init__(
         self,
-        tensors: Sequence[TensorLeaf],
+        held: Holdings,
         part: WritePart,
         blobs: Mapping[str, int],
         *,
@@ -75,24 +75,33 @@ class Layouts:
         self.block_bytes = block_bytes
         pieces: dict[int, list[Piece]] = {}
         self._places: dict[int, list[tuple[int | str, int]]] = {}
+        extent = part.stop - part.start
+        width = max(extent.shape[1], held.shape.shape[1])
+        start, extent = pad_columns(part.start, width, 0), pad_columns(extent, width, 1)
+        shape = pad_columns(held.shape, width, 1)[part.item]
         rows = zip(
             part.file.tolist(),
             part.item.tolist(),
             part.source.tolist(),
-            part.start.tolist(),
-            part.stop.tolist(),
-            (part.stop - part.start).tolist(),
+            extent.tolist(),
+            (width - held.ndim[part.item].astype(np.int64)).tolist(),
+            held.dtype[part.item].tolist(),
+            (extent == shape).all(axis=1).tolist(),
             strict=True,
         )
-        for file, item, source, start, stop, extent in rows:
-            leaf = tensors[item]
-            pad = len(start) - len(leaf.shape)
-            shape = tuple(extent[pad:])
-            key = leaf.leaf.name
-            if shape != leaf.shape:
-                key = piece_key(key, leaf.shape, Region(tuple(start[pad:]), tuple(stop[pad:])))
-            pieces.setdefault(file, []).append(Piece(key, leaf.dtype, shape))
-            self._places.setdefault(file, []).append((item, source))
+        file_before = -1
+        for row, (file, item, source, extents, pad, code, is_whole) in enumerate(rows):
+            if file != file_before:
+                mine = pieces.setdefault(file, [])
+                places = self._places.setdefault(file, [])
+                file_before = file
+            key, box = held.names[item], tuple(extents[pad:])
+            if not is_whole:
+                first = tuple(start[row, pad:].tolist())
+                region = Region(first, tuple(a + n for a, n in zip(first, box, strict=True)))
+                key = piece_key(key, tuple(shape[row, pad:].tolist()), region)
+            mine.append(Piece(key, dtypes.BY_CODE[code], box))
+            places.append((item, source))
         for name, length in blobs.items():
             piece = Piece(blob_key(name, rank), dtypes.BY_NAME["uint8"], (length,))
             pieces.setdefault(part.blob_file, []).append(piece)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -13,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distckpt import FlatShard, LayoutError, Net, PerRank, Region, Shard, register_net
-from distckpt.alike import Flattened
+from distckpt.alike import Flattened, flatten_dicts
+from distckpt.plan import Holdings, describe
 from distckpt.region import boxes_of_run
 from distckpt.state import LazyArray, flatten
 
@@ -458,7 +460,7 @@ def changed(state):
     if isinstance(state, dict):
         return {key: changed(value) for key, value in state.items()}
     if isinstance(state, np.ndarray):
-        new = state + 1
+        new = (state + 1).astype(state.dtype)
         new.flags.writeable = state.flags.writeable
         return new
     return state + 1
@@ -466,7 +468,7 @@ def changed(state):
 
 @st.composite
 def arrays(draw):
-    array = np.zeros(draw(st.integers(0, 3)), draw(st.sampled_from(["f4", "f8", "i4"])))
+    array = np.zeros(draw(st.integers(0, 3)), draw(st.sampled_from(["f4", "f8", ">i4"])))
     array.flags.writeable = draw(st.booleans())
     return array
 
@@ -509,6 +511,52 @@ def test_a_state_like_the_last_is_taken_apart_alike(state, replaces):
             assert tensor.array is old.array
         else:
             assert tensor.array.tolist() == [5, 5]
+
+
+@given(trees, st.booleans())
+def test_dicts_are_taken_apart_at_once_as_they_are_leaf_by_leaf(state, replaces):
+    found = flatten_dicts(state, replaces=replaces)
+    try:
+        expected = flatten(state)
+    except LayoutError:
+        assert found is None
+        return
+    if found is None:
+        assert not all(tensor.array.size for tensor in expected.tensors)
+        return
+    assert described(found) == described(expected)
+    assert found.takes_bytes() == expected.takes_bytes()
+    for name in (field.name for field in dataclasses.fields(Holdings)):
+        one, other = (
+            getattr(describe(tensors), name) for tensors in (found.tensors, expected.tensors)
+        )
+        assert np.array_equal(one, other)
+    if replaces and found.values:
+        for number, leaf in enumerate(found.values.values()):
+            leaf.replace(number + 100)
+        after = flatten(state)
+        assert [leaf.value for leaf in after.values.values()] == [
+            number + 100 for number in range(len(found.values))
+        ]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        [np.zeros(2)],
+        {"a": Shard(np.zeros(2), (0,), (4,))},
+        {"a": np.float32(1)},
+        {"a": np.ma.masked_array([1])},
+        {"a": np.zeros(2), "b": {"c": PerRank(1)}},
+        {"a": np.zeros(2, "U3")},
+        {"a": {"b": np.zeros(2)}, "a.b": np.zeros(2)},
+        {"é": np.zeros(2)},
+        {"a\0b": 3},
+        {"a": np.zeros((0, 2))},
+    ],
+)
+def test_what_is_more_than_dicts_of_arrays_is_left_to_be_looked_at(state):
+    assert flatten_dicts(state) is None
 
 
 @given(trees, trees)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
-from distckpt.alike import Flattened
-from distckpt.region import boxes_of_runs
-from distckpt.state import FlatState, TensorLeaf, flatten
+from distckpt.alike import Flattened, flatten_dicts
+from distckpt.region import Region, boxes_of_runs
+from distckpt.state import FlatState, LeafModel, TensorLeaf, flatten
 
 BOX, RUN = 0, 1
 # A model and its optimizer may be loaded, or saved, in turns.
@@ -89,42 +90,44 @@ class Holdings:
 
 def describe(tensors: Sequence[TensorLeaf], per_rank: Sequence[str] = ()) -> Holdings:
     """Describe this rank's tensors in columns."""
-    count = len(tensors)
-    ndim = [len(leaf.shape) for leaf in tensors]
+    model = LeafModel.of(tensors)
+    ndim = list(map(len, model.shape))
     width = max(ndim, default=1) or 1
-    zeros = [(0,) * (width - dims) for dims in range(width + 1)]
-    ones = [(1,) * (width - dims) for dims in range(width + 1)]
-    shape, start, stop, runs, run_first, run_size = [], [], [], [], [], []
-    for row, (leaf, dims) in enumerate(zip(tensors, ndim, strict=True)):
-        shape.append(ones[dims] + leaf.shape)
-        box = leaf.region or leaf.parent
-        start.append(zeros[dims] + box.start if box is not None else zeros[0])
-        stop.append(ones[dims] + box.stop if box is not None else shape[-1])
-        if leaf.region is None:
-            runs.append(row)
-            run_first.append(leaf.start or 0)
-            run_size.append(leaf.array.size)
-    shapes, starts, stops = (
-        np.array(column, np.int64).reshape(count, width) for column in (shape, start, stop)
-    )
-    kind = np.zeros(count, np.uint8)
-    first = np.zeros(count, np.int64)
-    last = (stops - starts).prod(axis=1)
+    runs = [row for row, box in enumerate(model.region) if box is None]
+    boxes = [
+        box or parent or Region.whole(shape)
+        for box, parent, shape in zip(model.region, model.parent, model.shape, strict=True)
+    ]
+    start = _padded([box.start for box in boxes], ndim, width, fill=0)
+    stop = _padded([box.stop for box in boxes], ndim, width, fill=1)
+    kind, first = np.zeros(len(ndim), np.uint8), np.zeros(len(ndim), np.int64)
+    last = (stop - start).prod(axis=1)
     kind[runs] = RUN
-    first[runs] = run_first
-    last[runs] = np.array(run_first, np.int64) + np.array(run_size, np.int64)
+    first[runs] = [model.start[row] or 0 for row in runs]
+    last[runs] = first[runs] + np.array([tensors[row].array.size for row in runs], np.int64)
     return Holdings(
-        tuple([leaf.name for leaf in tensors]),
-        np.array([leaf.dtype.code for leaf in tensors], np.uint8),
+        tuple(model.names),
+        np.array([dtype.code for dtype in model.dtype], np.uint8),
         np.array(ndim, np.uint8),
         kind,
-        shapes,
-        starts,
-        stops,
+        _padded(model.shape, ndim, width, fill=1),
+        start,
+        stop,
         first,
         last,
         tuple(per_rank),
     )
+
+
+def _padded(
+    rows: Sequence[tuple[int, ...]], ndim: Sequence[int], width: int, *, fill: int
+) -> np.ndarray:
+    """Make a table of rows, padded on their left."""
+    if min(ndim, default=width) < width:
+        pads = [(fill,) * (width - dims) for dims in range(width + 1)]
+        rows = [pads[dims] + row for row, dims in zip(rows, ndim, strict=True)]
+    numbers = np.fromiter(chain.from_iterable(rows), np.int64, len(rows) * width)
+    return numbers.reshape(len(rows), width)
 
 
 class Seen:
@@ -153,7 +156,7 @@ class Seen:
             found = flattened.again(state, replaces=replaces)
             if found is not None:
                 return found, held
-        flat = flatten(state)
+        flat = flatten_dicts(state, replaces=replaces) or flatten(state)
         held = describe(flat.tensors, list(flat.per_rank))
         self._seen = [*self._seen, (Flattened(flat), held)][-_REMEMBERED:]
         return flat, held

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
@@ -253,25 +254,21 @@ def _number(
     """
     first = templates[int(template_of.of_rank[0])].names
     mine = np.flatnonzero(odd.of == own_of.of_rank[0]).tolist()
-    ordered: list[str] = [""] * (len(first) + len(mine))
-    places = odd.number[mine].tolist()
-    for place, row in zip(places, mine, strict=True):
-        ordered[place] = odd.names[row]
-    taken = set(places)
+    ordered: list[str] = []
     rest = iter(first)
-    for place in range(len(ordered)):
-        if place not in taken:
-            ordered[place] = next(rest)
-    number = {name: index for index, name in enumerate(ordered)}
-    others = {name for template in templates for name in template.names}
-    others.update(odd.names)
+    for place, row in sorted(zip(odd.number[mine].tolist(), mine, strict=True)):
+        ordered.extend(islice(rest, place - len(ordered)))
+        ordered.append(odd.names[row])
+    ordered.extend(rest)
+    number = dict(zip(ordered, range(len(ordered)), strict=True))
+    others = set(odd.names).union(*(template.names for template in templates))
     # Sorted names share long prefixes with one another.
     for name in sorted(others.difference(number)):
         number[name] = len(number)
     return (
         tuple(number),
-        [np.array([number[name] for name in found.names], np.int64) for found in templates],
-        np.array([number[name] for name in odd.names], np.int64),
+        [np.array(list(map(number.__getitem__, found.names)), np.int64) for found in templates],
+        np.array(list(map(number.__getitem__, odd.names)), np.int64),
     )
 
 

@@ -145,6 +145,10 @@ def find_segments(tensors: Tensors, held: Occurrences, others: np.ndarray) -> Se
     Raises:
         LayoutError: Tensors that are not covered exactly once: all of them.
     """
+    missing = np.ones(len(tensors.names), bool)
+    missing[held.tensor] = False
+    missing[others] = False
+    whole, held = _single(tensors, held)
     # Runs are refined within the boxes that they are runs of, if those cover the tensor.
     firsts, box = distinct_rows(np.column_stack([held.tensor, held.start, held.stop]))
     used, dense = np.unique(held.tensor[firsts], return_inverse=True)
@@ -157,9 +161,6 @@ def find_segments(tensors: Tensors, held: Occurrences, others: np.ndarray) -> Se
     problems: list[tuple[int, str]] = []
     of_runs = _refined(tensors, held, box, np.flatnonzero(~in_boxes), problems)
     of_boxes = _merged(tensors, held.take(np.flatnonzero(in_boxes)), problems)
-    missing = np.ones(len(tensors.names), bool)
-    missing[held.tensor] = False
-    missing[others] = False
     for tensor in np.flatnonzero(missing).tolist():
         text = f"{tensors.names[tensor]!r} of shape {tensors.true_shape(tensor)}"
         problems.append((tensor, f"{text}: gap: no rank holds any of it"))
@@ -168,7 +169,34 @@ def find_segments(tensors: Tensors, held: Occurrences, others: np.ndarray) -> Se
             f"{len(problems)} tensors are not covered exactly once by what the ranks hold:\n  "
             + "\n  ".join(text for _, text in sorted(problems))
         )
-    return _join([of_runs, of_boxes])
+    return _join([whole, of_runs, of_boxes])
+
+
+def _single(tensors: Tensors, held: Occurrences) -> tuple[Segments, Occurrences]:
+    """Separate what needs no look at others: tensors that are held once, and whole.
+
+    By a set of ranks, so that most are in a pipeline, and what is on all ranks.
+
+    Returns:
+        Their segments, and what is held of the others.
+    """
+    shape, size = tensors.shape[held.tensor], tensors.size[held.tensor]
+    single = np.bincount(held.tensor, minlength=len(tensors.names))[held.tensor] == 1
+    single &= (held.start == 0).all(axis=1) & (held.stop == shape).all(axis=1)
+    single &= (held.first == 0) & (held.last == size)
+    found = held.take(np.flatnonzero(single))
+    segments = Segments(
+        found.tensor,
+        found.start,
+        found.stop,
+        found.first,
+        found.last,
+        np.arange(len(found.tensor)),
+        found.holders,
+        found.item,
+        found.first,
+    )
+    return segments, held.take(np.flatnonzero(~single))
 
 
 def _join(tables: Sequence[Segments]) -> Segments:

@@ -220,7 +220,7 @@ def _grid_loads(world: World, families: list[Family]) -> tuple[np.ndarray, np.nd
 
 def _entry_bytes(tensors: Tensors) -> np.ndarray:
     """Estimate generously the JSON of an entry of each tensor in a shard file's header."""
-    name_bytes = np.array([len(name) for name in tensors.names], np.int64)
+    name_bytes = np.array(list(map(len, tensors.names)), np.int64)
     # Names may need escapes, numbers have up to 20 digits.
     return 6 * name_bytes + 160 + 66 * tensors.ndim.astype(np.int64)
 
