@@ -201,7 +201,7 @@ class Bench:
 
         def copy() -> None:
             at = 0
-            for source in self._sources:
+            for source in self.sources:
                 np.copyto(self.warm[at : at + len(source)], source)
                 at += len(source)
 
@@ -212,7 +212,8 @@ class Bench:
         return lambda: {name: self.ranks.timed(lambda: np.copyto(self.warm, self.mine))}
 
     @cached_property
-    def _sources(self) -> list[np.ndarray]:
+    def sources(self) -> list[np.ndarray]:
+        """As many bytes as this rank writes, out of the state's arrays (uint8), if large."""
         left, found = self.mine.nbytes, []
         for leaf in self.state.values():
             array = states.flat_bytes(states.array_of(leaf))

@@ -5,14 +5,18 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from distckpt.shardfile import checksum_all
+
 _PAGE = mmap.PAGESIZE
 _MOST_BUFFERS = 1024  # that one preadv takes (IOV_MAX)
 _MOST_BYTES = 1 << 30  # of one request; Linux stops at 2 GiB
+_BLOCK_BYTES = 4 << 20  # of which a checksum is taken
+_SCRATCH_BYTES = 1 << 20
 
 
 def aligned(nbytes: int) -> np.ndarray:
@@ -61,11 +65,57 @@ def _write(descriptor: int, data: np.ndarray) -> None:
         at += os.pwrite(descriptor, data[at : at + _MOST_BYTES], at)
 
 
-def read_into(paths: Sequence[Path], arrays: Sequence[np.ndarray]) -> None:
+def write_arrays(path: Path, arrays: Sequence[np.ndarray], *, checked: bool) -> None:
+    """Write a new file straight from many arrays (uint8, contiguous), and wait until it is durable.
+
+    Args:
+        path: The file.
+        arrays: What it is to hold.
+        checked: Whether to take a checksum of what is then written, while it is in the cache.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        at = 0
+        for some in _batches(arrays):
+            if checked:
+                checksum_all(array.data for array in some)
+            at += os.pwritev(descriptor, some, at)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    if at != sum(array.nbytes for array in arrays):
+        raise OSError(f"{path}: {at} bytes were written")
+
+
+def _batches(arrays: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """Cut arrays into pieces, and yield as many together as are a block."""
+    some: list[np.ndarray] = []
+    left = _BLOCK_BYTES
+    for array in arrays:
+        at = 0
+        while at < len(array):
+            some.append(array[at : at + left])
+            at += len(some[-1])
+            left -= len(some[-1])
+            if not left or len(some) == _MOST_BUFFERS:
+                yield some
+                some, left = [], _BLOCK_BYTES
+    if some:
+        yield some
+
+
+def read_into(
+    paths: Sequence[Path], arrays: Sequence[np.ndarray], *, checked: bool = False
+) -> None:
     """Fill arrays (uint8, contiguous) one after another from files, as if these were one.
 
+    Args:
+        paths: The files.
+        arrays: The arrays.
+        checked: Whether to read block by block, and take a checksum of each.
+
     Raises:
-        OSError: They are too short.
+        OSError: The files are too short.
     """
     left = list(reversed(arrays))
     for path in paths:
@@ -73,7 +123,7 @@ def read_into(paths: Sequence[Path], arrays: Sequence[np.ndarray]) -> None:
             return
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            _read_file(descriptor, left)
+            _read_file(descriptor, left, checked=checked)
         finally:
             os.close(descriptor)
     if left:
@@ -81,13 +131,13 @@ def read_into(paths: Sequence[Path], arrays: Sequence[np.ndarray]) -> None:
         raise OSError(f"{', '.join(path.name for path in paths)}: {missing} bytes too short")
 
 
-def _read_file(descriptor: int, left: list[np.ndarray]) -> None:
+def _read_file(descriptor: int, left: list[np.ndarray], *, checked: bool) -> None:
     """Fill what a file has bytes for; *left* is in reverse order, and keeps the rest."""
     size, at = os.fstat(descriptor).st_size, 0
     while left and at < size:
         some: list[np.ndarray] = []
         wanted = 0
-        most = min(_MOST_BYTES, size - at)
+        most = min(_BLOCK_BYTES if checked else _MOST_BYTES, size - at)
         while left and wanted < most and len(some) < _MOST_BUFFERS:
             array = left.pop()
             if array.nbytes > most - wanted:
@@ -98,7 +148,39 @@ def _read_file(descriptor: int, left: list[np.ndarray]) -> None:
         got = os.preadv(descriptor, some, at)
         if got != wanted:
             raise OSError(f"{got} bytes at {at}; expected {wanted}")
+        if checked:
+            checksum_all(array.data for array in some)
         at += got
+
+
+def read_strided(path: Path, arrays: Iterable[np.ndarray]) -> None:
+    """Fill arrays of any strides from a file, from its begin again where it ends.
+
+    By way of memory that stays in the processor's cache; checksums are taken there.
+
+    Args:
+        path: A file that is longer than each array.
+        arrays: The arrays, of two dimensions, or of one.
+    """
+    scratch = np.empty(_SCRATCH_BYTES, np.uint8)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size, at = os.fstat(descriptor).st_size, 0
+        for array in arrays:
+            rows = array.reshape(1, -1) if array.ndim == 1 else array
+            step = max(1, len(scratch) // (rows.shape[1] * rows.itemsize))
+            for first in range(0, len(rows), step):
+                some = rows[first : first + step]
+                if at + some.nbytes > size:
+                    at = 0
+                piece = scratch[: some.nbytes]
+                if os.preadv(descriptor, [piece], at) != some.nbytes:
+                    raise OSError(f"{path}: less than {some.nbytes} bytes at {at}")
+                checksum_all([piece.data])
+                np.copyto(some, piece.view(some.dtype).reshape(some.shape))
+                at += some.nbytes
+    finally:
+        os.close(descriptor)
 
 
 # ------------------------------------------------------------------------------------ page cache

@@ -34,6 +34,11 @@ _COMMITS = 20
 
 def durable_save(bench: Bench) -> list[Measured]:
     """A blocking save, against writing as many bytes, buffered and past the page cache."""
+
+    def from_arrays(path: Path, data: object, *, checked: bool = False) -> None:
+        del data
+        floors.write_arrays(path, bench.sources, checked=checked)
+
     found = take_turns(
         [
             bench.writing("write + fsync", floors.write_buffered),
@@ -41,6 +46,8 @@ def durable_save(bench: Bench) -> list[Measured]:
                 "distckpt", lambda path: distckpt.save(path, bench.state, comm=bench.comm)
             ),
             bench.writing("O_DIRECT write + fsync", floors.write_direct),
+            bench.writing("from the arrays", from_arrays),
+            bench.writing("from the arrays, checked", partial(from_arrays, checked=True)),
         ],
         bench.pairs,
     )
@@ -49,6 +56,10 @@ def durable_save(bench: Bench) -> list[Measured]:
     return [
         bench.row("save", ratios(ours, buffered), found),
         bench.row("save-best", ratios(ours, best), found),
+        bench.row("bound-write", ratios(found["from the arrays"], buffered), found),
+        bench.row(
+            "bound-write-checked", ratios(found["from the arrays, checked"], buffered), found
+        ),
     ]
 
 
@@ -173,6 +184,7 @@ def slowdown(bench: Bench) -> list[Measured]:
     return [
         bench.row("slowdown", ratios(found["slowdown"], found["memcpy"]), found),
         bench.row("slowdown-cpu", ratios(found["slowdown"], floor), found),
+        bench.row("bound-processor", ratios(floor, found["memcpy"]), found),
     ]
 
 
@@ -198,6 +210,8 @@ def warm_load(bench: Bench) -> list[Measured]:
         found = take_turns(
             [
                 bench.loading("preadv", partial(_read, bench, same), path),
+                bench.loading("preadv, checked", partial(_read, bench, same, checked=True), path),
+                bench.loading("preadv, strided", partial(_read_strided, bench, wide), path),
                 bench.loading("load", partial(load, same), path),
                 bench.loading("load, verify=False", partial(load, same, verify=False), path),
                 bench.loading("load, strided", partial(load, wide), path),
@@ -211,6 +225,8 @@ def warm_load(bench: Bench) -> list[Measured]:
         bench.row("load-unverified", ratios(found["load, verify=False"], floor), found),
         bench.row("load-strided", ratios(found["load, strided"], floor), found),
         bench.row("load-turned", ratios(found["load, rows ↔ columns"], floor), found),
+        bench.row("bound-read-checked", ratios(found["preadv, checked"], floor), found),
+        bench.row("bound-strided", ratios(found["preadv, strided"], floor), found),
     ]
     most = max(report.bytes_read for report in reports) / bench.plan.bytes
     return [*rows, bench.row("read-amplification", [most])]
@@ -300,12 +316,15 @@ def reshard(bench: Bench) -> list[Measured]:
                 bench.loading("load by 3", partial(load, less, three), path),
                 bench.loading("load by 1", partial(load, whole, myself), path),
                 bench.loading("preadv", partial(_read, bench, whole), path),
+                bench.loading("preadv by 4", partial(_read, bench, same), path),
+                bench.loading("preadv by 3", partial(_read, bench, less), path),
             ],
             bench.pairs,
         )
     return [
         bench.row("reshard", ratios(found["load by 3"], found["load by 4"]), found),
         bench.row("single", ratios(found["load by 1"], found["preadv"]), found),
+        bench.row("bound-three", ratios(found["preadv by 3"], found["preadv by 4"]), found),
     ]
 
 
@@ -494,12 +513,22 @@ def _start(
         raise Unavailable(str(exc)) from exc
 
 
-def _read(bench: Bench, net: states.State, path: Path) -> None:
+def _read(bench: Bench, net: states.State, path: Path, *, checked: bool = False) -> None:
     """Read a checkpoint's own files into these arrays, a rank's own first: the floor of a load."""
     arrays = [states.flat_bytes(states.array_of(leaf)) for leaf in net.values()]
+    floors.read_into(_files(bench, path), arrays, checked=checked)
+
+
+def _read_strided(bench: Bench, net: states.State, path: Path) -> None:
+    """Read as many bytes into arrays that aren't contiguous."""
+    floors.read_strided(_files(bench, path)[0], map(states.array_of, net.values()))
+
+
+def _files(bench: Bench, path: Path) -> list[Path]:
+    """List a checkpoint's files, a rank's own first."""
     files = sorted(path.glob("shard-*"))
     first = bench.ranks.rank % len(files)
-    floors.read_into([*files[first:], *files[:first]], arrays)
+    return [*files[first:], *files[:first]]
 
 
 def _nbytes(checkpoint: distckpt.Checkpoint, name: str) -> int:
@@ -512,19 +541,27 @@ def _nbytes(checkpoint: distckpt.Checkpoint, name: str) -> int:
 
 # Which rows a measurement gives.
 MEASURES: dict[str, tuple[Measure, tuple[str, ...]]] = {
-    "durable_save": (durable_save, ("save", "save-best")),
+    "durable_save": (durable_save, ("save", "save-best", "bound-write", "bound-write-checked")),
     "async_save": (async_save, ("stall", "stall-one", "committed")),
     "first_stall": (first_stall, ("stall-first",)),
     "lazy_save": (lazy_save, ("lazy-stall", "lazy-fence")),
     "lazy_slowdown": (lazy_slowdown, ("lazy-slowdown",)),
-    "slowdown": (slowdown, ("slowdown", "slowdown-cpu")),
+    "slowdown": (slowdown, ("slowdown", "slowdown-cpu", "bound-processor")),
     "warm_load": (
         warm_load,
-        ("load", "load-unverified", "load-strided", "load-turned", "read-amplification"),
+        (
+            "load",
+            "load-unverified",
+            "load-strided",
+            "load-turned",
+            "bound-read-checked",
+            "bound-strided",
+            "read-amplification",
+        ),
     ),
     "cold_load": (cold_load, ("load-cold",)),
     "partial_load": (partial_load, ("partial", "partial-blocks")),
-    "reshard": (reshard, ("reshard", "single")),
+    "reshard": (reshard, ("reshard", "single", "bound-three")),
     "small": (small, ("small-save", "small-first", "small-load")),
     "spinner": (spinner, ("spinner-save", "spinner-speed")),
     "commit": (commit, ("commit-latency", "commit-cpu")),

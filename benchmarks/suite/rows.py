@@ -45,6 +45,7 @@ _COPY = "memcpy of the state's arrays into warm memory"
 _READ = "preadv of the same bytes into the same arrays"
 _PEER = "distckpt in the same run"
 _ANY = ("", (1, 2, 4))
+_BOUNDS = "Without distckpt, for comparison"
 
 ROWS: dict[str, Row] = {
     # Saving.
@@ -177,6 +178,19 @@ ROWS: dict[str, Row] = {
         unit="MiB",
         limit_at=_ANY,
         section="Memory",
+    ),
+    # Without distckpt: what no save and no load can be below.
+    "bound-write": Row("write + fsync from the state's arrays", _WRITE, section=_BOUNDS),
+    "bound-write-checked": Row(
+        "write + fsync from the state's arrays, CRC32C taken", _WRITE, section=_BOUNDS
+    ),
+    "bound-processor": Row("processor time of memcpy, write and fsync", _COPY, section=_BOUNDS),
+    "bound-read-checked": Row("preadv, CRC32C taken", _READ, section=_BOUNDS),
+    "bound-strided": Row(
+        "preadv into 1 MiB, CRC32C taken, copied to strided arrays", _READ, section=_BOUNDS
+    ),
+    "bound-three": Row(
+        "preadv by 3 ranks", "preadv by 4 ranks", limit_at=("transformer", (4,)), section=_BOUNDS
     ),
     # Against peers: their time ÷ ours.
     "peer-save": Row("durable save", _PEER, sense="at least", section="Peers"),
