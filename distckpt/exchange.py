@@ -110,13 +110,32 @@ def exchange(
     """
     if not len(work):
         return None
-    exchanged = _Exchange(operation, step, work, blocks, into, skipped=skipped, threads=threads)
+    try:
+        exchanged = _Exchange(operation, step, work, blocks, into, skipped=skipped, threads=threads)
+    except Exception as exc:  # noqa: BLE001  the others wait for this rank's messages
+        return _give_up(operation, step, work, exc)
     try:
         with exchanged.crew.at_work():
             yield from exchanged.run()
     except Late as late:
         return late
     return exchanged.failure
+
+
+def _give_up(operation: Operation, step: int, work: Work, exc: Exception) -> CheckpointError:
+    """Tell all ranks that wait for this one that nothing will come; returns the failure."""
+    failure = _as_failure(exc)
+    mine, own = work.reader == operation.rank, work.consumer == operation.rank
+    for rows in work.rounds():
+        for consumer in np.unique(work.consumer[rows[mine[rows] & ~own[rows]]]).tolist():
+            operation.send(consumer, step, {"error": text(failure), "lost": []})
+        for reader in np.unique(work.reader[rows[own[rows] & ~mine[rows]]]).tolist():
+            operation.send(reader, step + 1, None)
+    return failure
+
+
+def _as_failure(exc: Exception) -> CheckpointError:
+    return exc if isinstance(exc, CheckpointError) else CheckpointError(text(exc))
 
 
 class _Exchange:
@@ -158,7 +177,7 @@ class _Exchange:
         for part in self._schedule.rounds:
             collections.remind()
             done = self._read(part)
-            for stream, parts in done.outgoing:
+            for stream in part.outgoing:
                 sent = ahead.setdefault(stream.peer, [])
                 while len(sent) > _ROUNDS_AHEAD:
                     yield from receive(stream.peer, self._step + 1, _TAKE)
@@ -166,7 +185,8 @@ class _Exchange:
                 sent.append(done)
                 error = None if self.failure is None else text(self.failure)
                 message = {"error": error, "lost": done.lost_of(stream)}
-                self._operation.send(stream.peer, self._step, message, [] if error else parts)
+                parts = [] if error else done.outgoing[stream.peer]
+                self._operation.send(stream.peer, self._step, message, parts)
             for stream in part.incoming:
                 yield from self._take(stream)
         for consumer, sent in ahead.items():
@@ -175,18 +195,17 @@ class _Exchange:
 
     def _fail(self, exc: Exception) -> None:
         """Note a failure; the first counts."""
-        error = exc if isinstance(exc, CheckpointError) else CheckpointError(text(exc))
-        self.failure = self.failure or error
+        self.failure = self.failure or _as_failure(exc)
 
     # ------------------------------------------------------------------------------------- reading
 
     def _read(self, part: Round) -> _Sent:
         """Read this rank's blocks of a round."""
         done = _Sent()
-        for stream in part.outgoing:
-            done.outgoing.append((stream, self._prepared(stream, done)))
         if self.failure is None:
             try:
+                for stream in part.outgoing:
+                    done.outgoing[stream.peer] = self._prepared(stream, done)
                 whole = [read for read in part.reads if not read.stretches and not read.edges]
                 self._blocks.expect((read.file, read.block) for read in whole)
                 self.crew.read(
@@ -355,13 +374,13 @@ class _Sent:
     """What this rank has read for others in a round.
 
     Attributes:
-        outgoing: What each gets, and the parts of that.
+        outgoing: Rank → the parts of what it gets.
         slots: Row → where its bytes go until they have been sent.
         buffers: The memory of that.
         lost: Rows that could not be read.
     """
 
-    outgoing: list[tuple[Stream, list[memoryview]]] = field(default_factory=list)
+    outgoing: dict[int, list[memoryview]] = field(default_factory=dict)
     slots: dict[int, np.ndarray] = field(default_factory=dict)
     buffers: list[np.ndarray] = field(default_factory=list)
     lost: set[int] = field(default_factory=set)

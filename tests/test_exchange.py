@@ -365,6 +365,38 @@ def test_damage_fails_a_load_and_every_changed_tensor_is_named(threads, case, pl
             assert ((found == part_of(left, leaf)) | (found == part_of(whole, leaf))).all()
 
 
+@pytest.mark.parametrize("where", ["__init__", "_prepared"])
+@given(case=cases(), bad=st.integers(0, 3), after=st.integers(0, 3))
+def test_a_rank_that_fails_unforeseen_keeps_no_other_waiting(where, case, bad, after):
+    saving, loading, tensors = case
+    store = ScatteringStore()
+    save(store, saving, tensors)
+    original = getattr(exchange._Exchange, where)
+    calls = []
+
+    def failing(self, *arguments, **options):
+        operation = arguments[0] if where == "__init__" else self._operation
+        if operation.rank == bad:
+            calls.append(1)
+            if len(calls) > after:
+                raise MemoryError("no memory")
+        return original(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange._Exchange, where, failing)
+        try:
+            load(store, loading, tensors, timeout_s=5)
+        except LoadFailed as exc:
+            assert len(calls) > after
+            assert "no memory" in exc.failures[bad]
+            assert not any("within" in text for text in exc.failures.values())
+        else:
+            assert len(calls) <= after
+            assert right(tensors)
+    load(store, loading, tensors)
+    assert right(tensors)
+
+
 def test_a_tensor_that_has_no_byte_here_is_not_named_as_changed():
     store = ScatteringStore()
     distckpt.save(store, {"w": np.ones(4000), "v": np.ones(6)})
