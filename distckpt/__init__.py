@@ -29,6 +29,7 @@ from distckpt.errors import (
     UnsupportedFormat,
 )
 from distckpt.events import Event, JsonLines, TensorBoard
+from distckpt.flat import register_net
 from distckpt.loader import LoadReport
 from distckpt.manager import Manager
 from distckpt.match import Matching, match
@@ -49,7 +50,7 @@ from distckpt.policy import (
     YoungDaly,
 )
 from distckpt.region import Region
-from distckpt.state import FlatShard, LazyArray, Net, PerRank, Shard, register_net
+from distckpt.state import FlatShard, LazyArray, Net, PerRank, Shard
 from distckpt.stats import SaveStats
 from distckpt.store import Store
 from distckpt.trace import Trace

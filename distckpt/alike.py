@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from distckpt.errors import LayoutError
-from distckpt.state import FlatShard, FlatState, LaterLeaves, Leaf, LeafModel, Shard, are_good_names
+from distckpt.flat import FlatState, are_good_names
+from distckpt.leaves import LaterLeaves, Leaf, LeafModel
+from distckpt.state import FlatShard, Shard
 
 _WRITEABLE = operator.attrgetter("flags.writeable")
 _PIECES = frozenset({np.ndarray, Shard, FlatShard})

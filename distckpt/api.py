@@ -12,11 +12,13 @@ from distckpt.bundle import Distinct
 from distckpt.checkpoint import Checkpoint, StorageOptions, Url
 from distckpt.commit import commit, write
 from distckpt.errors import SaveFailed, raise_together, to_plain
+from distckpt.flat import FlatState, flatten
 from distckpt.formats import locate
 from distckpt.load_plan import LoadOptions, OnCorrupt, ResolvePerRank
 from distckpt.loader import LoadReport
 from distckpt.loader import load_into as load_net
 from distckpt.match import Prefixes, Rename, filter_names
+from distckpt.options import Lazy, OnFailure, Options, check_on_failure, check_staging
 from distckpt.pending import PendingCheckpoint, start_save
 from distckpt.plan import (
     DEFAULT_SHARD_BYTES,
@@ -25,9 +27,8 @@ from distckpt.plan import (
     plan_write,
     summarise,
 )
-from distckpt.prepare import Lazy, OnFailure, Options, check_on_failure, check_staging, prepare
+from distckpt.prepare import prepare
 from distckpt.reader import read_manifest
-from distckpt.state import FlatState, flatten
 from distckpt.team import Late, connect
 from distckpt.waiting import deferred_interrupt
 

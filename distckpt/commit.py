@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from distckpt import codec, replicas, stats
+from distckpt.agreement import late_error
 from distckpt.cores import cores_for_each
 from distckpt.deletion import delete_replaced
 from distckpt.errors import (
@@ -28,7 +29,7 @@ from distckpt.errors import (
 )
 from distckpt.manifest import BLOCK_BYTES, MANIFEST_NAME, Manifest, shard_name
 from distckpt.plan import WritePlan
-from distckpt.prepare import Save, late_error
+from distckpt.prepare import Save
 from distckpt.reader import why_gone
 from distckpt.shardfile import ShardImage
 from distckpt.stats import RankStats, SaveStats

@@ -30,13 +30,14 @@ from distckpt.errors import (
 )
 from distckpt.exchange import Skipped, exchange
 from distckpt.formats import locate
+from distckpt.leaves import TensorLeaf
 from distckpt.load_plan import LoadOptions
 from distckpt.manifest import Manifest
 from distckpt.net import Filling, Wanted
 from distckpt.prepare_load import NOTHING, LoadMemory, Part, Share, agree
 from distckpt.reader import BlockReader, read_manifest, why_gone
 from distckpt.region import Region
-from distckpt.state import PerRank, TensorLeaf
+from distckpt.state import PerRank
 from distckpt.store import Store
 from distckpt.team import COORDINATOR, Late, Operation, Team
 from distckpt.waiting import Waiting, no_collections

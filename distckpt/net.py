@@ -11,9 +11,11 @@ import numpy as np
 
 from distckpt import dtypes
 from distckpt.copies import Places
+from distckpt.flat import FlatState
+from distckpt.leaves import Leaf, TensorLeaf
 from distckpt.plan import Holdings, Seen
 from distckpt.region import Region
-from distckpt.state import FlatState, Leaf, TensorLeaf, runs_boxes
+from distckpt.state import runs_boxes
 
 
 @dataclass(slots=True)

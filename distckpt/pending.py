@@ -7,11 +7,13 @@ import threading
 import time
 from collections.abc import Callable
 
+from distckpt.agreement import unseen_of
 from distckpt.arena import Arena
 from distckpt.checkpoint import Checkpoint, StorageOptions, Url
 from distckpt.commit import commit, write
 from distckpt.errors import text
-from distckpt.prepare import Options, Save, plan_ahead, prepare, unseen_of
+from distckpt.options import Options
+from distckpt.prepare import Save, plan_ahead, prepare
 from distckpt.stats import SaveStats
 from distckpt.store import Store
 from distckpt.team import COORDINATOR, Team

@@ -12,12 +12,12 @@ from typing import Any
 from distckpt import codec
 from distckpt.copies import Work
 from distckpt.errors import LoadFailed, MatchError, from_plain, raise_together, to_plain
+from distckpt.flat import FlatState
 from distckpt.load_plan import LoadOptions, LoadPlan, plan_load
 from distckpt.manifest import Manifest
 from distckpt.net import Footing, Wanted
 from distckpt.plan import Holdings, Seen, describe, fragments_from_plain, holdings_to_plain
 from distckpt.reader import StoredFile
-from distckpt.state import FlatState
 from distckpt.team import Gathered, Operation, Team, ToAll
 from distckpt.waiting import Waiting
 

@@ -19,8 +19,9 @@ import numpy as np
 from distckpt.arena import ALIGNMENT, Arena
 from distckpt.errors import SaveFailed, some_names
 from distckpt.frameworks import jax
+from distckpt.leaves import TensorLeaf
 from distckpt.shardfile import ShardImage, ShardLayout, checksum
-from distckpt.state import FlatShard, Shard, TensorLeaf
+from distckpt.state import FlatShard, Shard
 
 # What is copied before its checksum is taken: so small that it stays in the processor's cache.
 _PIECE_BYTES = 512 << 10

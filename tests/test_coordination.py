@@ -29,8 +29,8 @@ from distckpt import (
     StoreError,
 )
 from distckpt.manifest import MANIFEST_NAME
+from distckpt.options import Options
 from distckpt.pending import start_save
-from distckpt.prepare import Options
 from distckpt.team import connect
 from distckpt.testing import FaultyStore, MemoryStore, run_ranks
 

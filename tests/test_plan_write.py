@@ -16,12 +16,12 @@ from strategies import split
 
 from distckpt import FlatShard, LayoutError, Mesh, PerRank, Shard, codec
 from distckpt.bundle import Distinct
+from distckpt.flat import flatten
 from distckpt.manifest import DATA_ALIGNMENT, TABLE_DIGEST_BYTES, Manifest, table_bytes
 from distckpt.plan import columns, describe, part_from_bytes, plan_write, summarise
 from distckpt.plan.balance import balance
 from distckpt.region import Region
 from distckpt.shardfile import Piece, ShardLayout, piece_key
-from distckpt.state import flatten
 
 _MANY = settings(max_examples=5 * settings.default.max_examples)
 _SOME = settings(max_examples=2 * settings.default.max_examples)

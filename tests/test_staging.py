@@ -18,10 +18,10 @@ import distckpt
 from distckpt import SaveFailed, dtypes, staging
 from distckpt import pending as pending_module
 from distckpt.arena import Arena
+from distckpt.flat import flatten
 from distckpt.manifest import MANIFEST_NAME
 from distckpt.shardfile import Piece, ShardImage, ShardLayout, checksum
 from distckpt.staging import LATER, NEVER, NOW, Staging, when_copied
-from distckpt.state import flatten
 from distckpt.store import LocalStore
 from distckpt.testing import MemoryStore, run_ranks
 from distckpt.waiting import quick_switches

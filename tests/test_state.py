@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from distckpt import FlatShard, LayoutError, Net, PerRank, Region, Shard, register_net
 from distckpt.alike import Flattened, flatten_dicts
+from distckpt.flat import flatten
 from distckpt.plan import Holdings, describe
 from distckpt.region import boxes_of_run
-from distckpt.state import LazyArray, flatten
+from distckpt.state import LazyArray
 
 one = np.ones(3, np.float32)
 two = np.full(3, 2, np.float32)

@@ -24,10 +24,10 @@ from benchmarks.scale import simulator
 from benchmarks.scale.layouts import Layout, fsdp, layout_for, least_busiest, reshaped
 from benchmarks.scale.models import MODELS, Model
 from benchmarks.scale.report import write_report
+from distckpt.flat import flatten
 from distckpt.load_plan import LoadOptions, plan_load
 from distckpt.manifest import Manifest
 from distckpt.plan import describe, fragments_from_plain, holdings_to_plain
-from distckpt.state import flatten
 
 RESULTS = Path(__file__).parent.parent / "results"
 # What is published stays as it is.

@@ -18,14 +18,15 @@ import numpy as np
 
 from benchmarks.scale.layouts import PREFIXES, Layout, State, layout_for, reduced
 from benchmarks.scale.models import Model
-from distckpt import codec, prepare
+from distckpt import codec
+from distckpt.agreement import Mine, agree, digest_of
 from distckpt.alike import Flattened
 from distckpt.bundle import Distinct, children
+from distckpt.flat import flatten
 from distckpt.manifest import BLOCK_BYTES, DATA_ALIGNMENT, Manifest, pad_columns, table_bytes
+from distckpt.options import Options
 from distckpt.plan import Holdings, WritePlan, describe, part_from_bytes, plan_write, summarise
 from distckpt.plan.summary import own_to_bytes
-from distckpt.prepare import Options, digest_of
-from distckpt.state import flatten
 from distckpt.team import Gathered, Operation, Team, ToAll
 
 T = TypeVar("T")
@@ -516,12 +517,12 @@ def planning_messages(url: str, states: Sequence[State], saves: int = 1) -> list
         protocols = []
         for rank, team in enumerate(teams):
             team.coordinator = MailCoordinator(rank, mailroom)
-            mine = prepare._Mine(url)  # noqa: SLF001  the part of a save that is simulated
+            mine = Mine(url)
             mine.look_at(
                 url, states[rank], options, None, memory=team.memory, is_coordinator=rank == 0
             )
             operation = team.operation(600.0)
-            protocols.append(prepare._agree(team, operation, mine, options))  # noqa: SLF001
+            protocols.append(agree(team, operation, mine, options))
         for known, _ in run_all(protocols):
             known.saves += 1
     return mailrooms

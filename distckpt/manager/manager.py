@@ -24,11 +24,11 @@ from distckpt.manager.pruning import Explanation, explain, prune
 from distckpt.manager.resume import agree_on_candidates, is_gone, load_first
 from distckpt.manager.stopping import STOP_SIGNALS, Stopping
 from distckpt.match import Prefixes, Rename
+from distckpt.options import Lazy, OnFailure, Options, check_on_failure, check_staging
 from distckpt.pending import PendingCheckpoint, make_ready, start_save
 from distckpt.plan import Replicas
 from distckpt.policy import KeepPolicy, Moment, SavePolicy, metrics_of, number, uses_metrics
 from distckpt.policy.keeping import ranking
-from distckpt.prepare import Lazy, OnFailure, Options, check_on_failure, check_staging
 from distckpt.progress import Bar, Progress
 from distckpt.store import Store, open_store
 from distckpt.team import COORDINATOR, Late, Team, connect

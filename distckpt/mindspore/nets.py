@@ -10,10 +10,11 @@ import numpy as np
 
 from distckpt import dtypes
 from distckpt.errors import MatchError
+from distckpt.leaves import Leaf
 from distckpt.match import match
 from distckpt.mindspore.values import Tensor, entries, named
 from distckpt.net import Destination, Wanted, collect
-from distckpt.state import FlatShard, Leaf, Shard
+from distckpt.state import FlatShard, Shard
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from distckpt.errors import LayoutError
+from distckpt.flat import flatten
 from distckpt.formats import find
 from distckpt.formats.base import Place, Wanted
 from distckpt.mindspore.background import BACKGROUND, PendingSave
@@ -24,7 +25,7 @@ from distckpt.mindspore.options import (
 )
 from distckpt.mindspore.values import entries, named
 from distckpt.region import Region
-from distckpt.state import FlatShard, LazyArray, Shard, flatten
+from distckpt.state import FlatShard, LazyArray, Shard
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from distckpt.errors import LayoutError
-from distckpt.state import as_array
+from distckpt.flat import as_array
 
 
 def real() -> Any:

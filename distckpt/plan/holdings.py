@@ -9,8 +9,9 @@ from itertools import chain
 import numpy as np
 
 from distckpt.alike import Flattened, flatten_dicts
+from distckpt.flat import FlatState, flatten
+from distckpt.leaves import LeafModel, TensorLeaf
 from distckpt.region import Region, boxes_of_runs
-from distckpt.state import FlatState, LeafModel, TensorLeaf, flatten
 
 BOX, RUN = 0, 1
 # A model and its optimizer may be loaded, or saved, in turns.

@@ -66,7 +66,7 @@ def test_messages_of_saves_and_bytes_of_planning_are_those_that_the_simulator_co
     comm, folder, monkeypatch, layout_of
 ):
     # As a number it may be encoded in one byte more or less.
-    monkeypatch.setattr("distckpt.prepare.secrets.randbits", lambda _: 1 << 62)
+    monkeypatch.setattr("distckpt.agreement.secrets.randbits", lambda _: 1 << 62)
     layout = layout_of(comm.size)
     counting = Counting(connect(comm).coordinator)
     team = Team(counting)
