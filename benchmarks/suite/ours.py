@@ -210,12 +210,12 @@ def warm_load(bench: Bench) -> list[Measured]:
         found = take_turns(
             [
                 bench.loading("preadv", partial(_read, bench, same), path),
-                bench.loading("preadv, checked", partial(_read, bench, same, checked=True), path),
-                bench.loading("preadv, strided", partial(_read_strided, bench, wide), path),
                 bench.loading("load", partial(load, same), path),
                 bench.loading("load, verify=False", partial(load, same, verify=False), path),
                 bench.loading("load, strided", partial(load, wide), path),
                 bench.loading("load, rows ↔ columns", partial(load, turned), path),
+                bench.loading("preadv, checked", partial(_read, bench, same, checked=True), path),
+                bench.loading("preadv, strided", partial(_read_strided, bench, wide), path),
             ],
             bench.pairs,
         )
