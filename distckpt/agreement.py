@@ -59,7 +59,7 @@ class Known:
         neighbours: How many ranks save on a machine, where they are the most; until the first
             commit tells, it might be all.
         layouts: This rank's files, once it has written some.
-        structure: What all its manifests have in common, at the coordinator, once one was written.
+        structure: What all its manifests have in common, at the coordinator, once committed.
     """
 
     generation: int
@@ -75,7 +75,19 @@ class Known:
 
 @dataclass(slots=True)
 class Mine:
-    """What this rank brings to a save, or why it can't."""
+    """What this rank brings to a save, or why it can't.
+
+    Attributes:
+        where: Where to, as text.
+        store: The same, opened.
+        flat: The state, taken apart.
+        held: Its tensors in columns.
+        values: Its plain values by name, encoded.
+        blobs: Its per-rank values by name, encoded.
+        metadata: The user's own; at the coordinator only.
+        metrics: Numbers by name; at the coordinator only.
+        failure: What went wrong; the rest is there as far as it came.
+    """
 
     where: str
     store: Store | None = None
