@@ -61,7 +61,8 @@ def main() -> int:
         count = re.search(r"number_of_executed_units: (\d+)", said)
         print(f"{reader}: {count[1] if count else 0} inputs in {chosen.seconds} s", flush=True)
         if status or not (count or chosen.merge):
-            print(f"{reader} broke a promise, or its fuzzer did:\n{said}", file=sys.stderr)
+            code = os.waitstatus_to_exitcode(status)
+            print(f"{reader} broke a promise, or its fuzzer did ({code}):\n{said}", file=sys.stderr)
             broken += 1
     return 1 if broken else 0
 
