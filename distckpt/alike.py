@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from distckpt.errors import LayoutError
-from distckpt.flat import FlatState, are_good_names
+from distckpt.flat import FlatState, are_good_names, is_registered
 from distckpt.leaves import LaterLeaves, Leaf, LeafModel
 from distckpt.state import FlatShard, Shard
 
@@ -184,7 +184,7 @@ class _Walked:
 
 def _walk_dicts(state: object) -> _Walked | None:
     """List the keys and the leaves of nested dicts; None where it is something else."""
-    if type(state) is not dict:
+    if type(state) is not dict or is_registered(dict):
         return None
     found = _Walked([], [], [])
     todo: list[Iterator[object]] = []

@@ -55,6 +55,11 @@ def register_net(cls: type, adapt: Adapt) -> None:
     _adapters.insert(0, (cls, adapt))
 
 
+def is_registered(cls: type) -> bool:
+    """Whether `register_net` was told how objects of a class are saved."""
+    return any(issubclass(cls, known) for known, _ in _adapters)
+
+
 @dataclass(frozen=True, slots=True)
 class FlatState:
     """A nested state, taken apart by kind; each in the order of the state.

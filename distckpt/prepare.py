@@ -1,7 +1,7 @@
-"""A save before it is written: agreed on and planned by all ranks.
+"""A save before it is written: agreed on, and copied as far as that can't wait.
 
-This runs in the calling thread: the ranks agree that they save the same thing, plan it if it isn't
-planned yet, and take from the arrays what must not change any more.
+This runs in the calling thread: all ranks agree (`agreement`), and then each takes from its arrays
+what must not change any more.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from distckpt import FlatShard, LayoutError, Net, PerRank, Region, Shard, register_net
 from distckpt.alike import Flattened, flatten_dicts
 from distckpt.flat import flatten
-from distckpt.plan import Holdings, describe
+from distckpt.plan import Holdings, Seen, describe
 from distckpt.region import boxes_of_run
 from distckpt.state import LazyArray
 
@@ -558,6 +558,29 @@ def test_dicts_are_taken_apart_at_once_as_they_are_leaf_by_leaf(state, replaces)
 )
 def test_what_is_more_than_dicts_of_arrays_is_left_to_be_looked_at(state):
     assert flatten_dicts(state) is None
+
+
+def test_what_is_registered_counts_before_what_is_known_of_dicts(monkeypatch):
+    state = {"a": one}
+    seen = Seen()
+    assert seen.take_apart(state)[1].names == ("a",)
+    monkeypatch.setattr("distckpt.flat._adapters", [])
+    register_net(dict, lambda found: Wrapped({f"my {key}": found[key] for key in found}))
+    for _ in range(2):
+        assert seen.take_apart(state)[1].names == ("my a",)
+
+
+class Wrapped:
+    """A net of some arrays."""
+
+    def __init__(self, arrays):
+        self._arrays = arrays
+
+    def tensors(self):
+        return self._arrays
+
+    def assign(self, name, value):
+        self._arrays[name] = value
 
 
 @given(trees, trees)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -24,6 +24,7 @@ from distckpt.manifest import (
     pad_columns,
     table_bytes,
 )
+from distckpt.plan import WritePlan
 from distckpt.state import MAX_DIMENSIONS, MAX_NAME_BYTES, MAX_TENSOR_BYTES
 
 MAX_BYTES = 1 << 62
@@ -48,38 +49,11 @@ class EncodedStructure:
     layouts: bytes
 
 
-class Structure(Protocol):
-    """What the manifests of one plan have in common: a manifest, or such a plan.
-
-    Attributes:
-        names: Of the tensors.
-        dtype: (tensors,) dtype codes.
-        layout: (tensors,) index into layouts.
-        layouts: Each distinct layout once.
-    """
-
-    @property
-    def names(self) -> Sequence[str]:
-        """See above."""
-
-    @property
-    def dtype(self) -> np.ndarray:
-        """See above."""
-
-    @property
-    def layout(self) -> np.ndarray:
-        """See above."""
-
-    @property
-    def layouts(self) -> Sequence[Layout]:
-        """See above."""
-
-
-def encode_structure(structure: Structure, *, files: int) -> EncodedStructure:
+def encode_structure(structure: Manifest | WritePlan, *, files: int) -> EncodedStructure:
     """Encode names, types and layouts.
 
     Args:
-        structure: Has them.
+        structure: Has them: a manifest, or the plan of many.
         files: Number of shard files.
 
     Raises:
@@ -142,7 +116,7 @@ def _count_boxes(layouts: Sequence[Layout], used: np.ndarray) -> int:
     return int(np.array([len(layout) for layout in layouts], np.int64)[used].sum())
 
 
-def _encode_tensors(structure: Structure) -> Any:
+def _encode_tensors(structure: Manifest | WritePlan) -> Any:
     suffix, shared, before = [], [], 0
     left = _MAX_SHARED_BYTES
     for name in structure.names:
