@@ -15,6 +15,7 @@ import os
 import re
 import resource
 import sys
+import traceback
 from contextlib import redirect_stderr
 from pathlib import Path
 from random import Random
@@ -82,6 +83,9 @@ def _start(reader: str, seconds: int, *, merge: bool) -> int:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
             _fuzz(reader, seconds, merge=merge)  # ends the process
+        except BaseException:  # noqa: BLE001  nobody else would hear of it
+            traceback.print_exc()
+            sys.stderr.flush()
         finally:
             os._exit(1)
     return process
