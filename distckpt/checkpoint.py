@@ -467,7 +467,9 @@ class StoredTensor(LazyArray):
         for dim, (entry, extent) in enumerate(zip(entries, self.shape, strict=True)):
             if isinstance(entry, slice):
                 chosen = range(extent)[entry]
-                low, high = (min(chosen), max(chosen) + 1) if chosen else (0, 0)
+                # Of its ends: min() and max() would look at every index.
+                ends = sorted((chosen[0], chosen[-1])) if chosen else (0, -1)
+                low, high = ends[0], ends[1] + 1
                 first = chosen.start - low
                 last = first + len(chosen) * chosen.step
                 inner.append(
