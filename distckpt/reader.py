@@ -33,6 +33,9 @@ from distckpt.store import (
 
 # Where long reads are faster, one has at most so many bytes.
 _RUN_BYTES = 32 << 20
+# What goes to buffers that are shorter on average is read: only long copies are faster than the
+# kernel's, since they go past the processor's caches.
+_PIECE_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,8 @@ class BlockReader:
 
     One by one, while each is in the processor's cache; of a store that is better asked for more,
     runs of blocks that are expected next, of at most 32 MiB. A store that can has the bytes of a
-    block go where they belong, before they are checked. Not for several threads.
+    block go where they belong, before they are checked; or shows them where the system has them in
+    memory, to be copied from there. Not for several threads.
 
     Args:
         store: Where they lie.
@@ -209,10 +213,17 @@ class BlockReader:
         """Read one block into buffers, in their order; together they are as long as the block.
 
         Raises:
-            CorruptCheckpoint, IncompleteCheckpoint: As in `read`. The buffers have changed by then.
+            CorruptCheckpoint, IncompleteCheckpoint: As in `read`. The buffers may have changed by
+                then.
         """
-        self._scatter(file, self.span(file, block)[0], buffers)
-        self._check(file, block, buffers)
+        start, _ = self.span(file, block)
+        view = self._view(file, start, buffers)
+        if view is None:
+            self._scatter(file, start, buffers)
+            self._check(file, block, buffers)
+        else:
+            self._check(file, block, [view.data])
+            _copy(view, buffers)
 
     def read_parts(self, file: int, block: int, edges: Sequence[int]) -> Iterator[np.ndarray]:
         """Read one block in parts; yield each before all of them have been checked.
@@ -247,7 +258,11 @@ class BlockReader:
         Raises:
             CorruptCheckpoint, IncompleteCheckpoint: The file is short, or not there.
         """
-        self._scatter(file, start_byte, buffers)
+        view = self._view(file, start_byte, buffers)
+        if view is None:
+            self._scatter(file, start_byte, buffers)
+        else:
+            _copy(view, buffers)
 
     def span(self, file: int, block: int) -> tuple[int, int]:
         """Return a block's first byte in its file, and one past its last."""
@@ -333,15 +348,36 @@ class BlockReader:
             self._store.read_into(name, start, buffer)
 
     def _scatter(self, file: int, start: int, buffers: Sequence[memoryview]) -> None:
-        name = self._files[file].name
-        with self._reading(name, start, total_bytes(buffers)):
-            if self._opened is None or self._opened[0] != file:
-                self._opened = None  # closed before the next one is opened
-                self._opened = file, open_object(self._store, name)
-            self._opened[1].read_into(start, buffers)
+        with self._reading(self._files[file].name, start, total_bytes(buffers)):
+            self._open(file).read_into(start, buffers)
+
+    def _view(self, file: int, start: int, buffers: Sequence[memoryview]) -> np.ndarray | None:
+        """Look at the bytes (uint8) that are to fill some buffers; None where to read is better."""
+        length = total_bytes(buffers)
+        if length < _PIECE_BYTES * max(len(buffers), 1):
+            return None
+        with self._explained(self._files[file].name, start):
+            view = self._open(file).view(start, length)
+        if view is None:
+            return None
+        self.add(length)
+        return np.frombuffer(view, np.uint8)
+
+    def _open(self, file: int) -> OpenObject:
+        """Return a file; the one that was used last stays open."""
+        if self._opened is None or self._opened[0] != file:
+            self._opened = None  # closed before the next one is opened
+            self._opened = file, open_object(self._store, self._files[file].name)
+        return self._opened[1]
 
     @contextmanager
     def _reading(self, name: str, start: int, length: int) -> Iterator[None]:
+        with self._explained(name, start):
+            yield
+        self.add(length)
+
+    @contextmanager
+    def _explained(self, name: str, start: int) -> Iterator[None]:
         try:
             yield
         except EOFError as exc:
@@ -355,4 +391,12 @@ class BlockReader:
                 f"{self._store.url}/{name}: the manifest names this file, and it is not there: it "
                 "was deleted, or not all files were copied"
             ) from exc
-        self.add(length)
+
+
+def _copy(view: np.ndarray, buffers: Sequence[memoryview]) -> None:
+    """Copy bytes to some memory, in its order, without the interpreter's lock."""
+    first = 0
+    for buffer in buffers:
+        last = first + buffer.nbytes
+        np.copyto(np.frombuffer(buffer, np.uint8), view[first:last])
+        first = last

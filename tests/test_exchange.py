@@ -29,6 +29,7 @@ from distckpt import (
     exchange,
     loader,
     prepare,
+    reader,
     schedule,
     writer,
 )
@@ -58,12 +59,21 @@ def _small_sizes():
 
 
 _BY_THREADS = pytest.mark.parametrize("threads", [1, 3])
+_SHOWN = pytest.mark.parametrize("shown", [False, True])
 
 
 @contextmanager
-def reading_by(threads):
-    """Have so many threads read for each rank, however little it is."""
+def reading_by(threads, *, shown=False):
+    """Have so many threads read for each rank, however little it is.
+
+    Args:
+        threads: How many.
+        shown: Whether the store shows bytes where they are, however few, instead of reading them.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        if shown:
+            patch.setattr(reader, "_PIECE_BYTES", 1)
+            patch.setattr(OpenedObject, "view", OpenedObject.show)
         for module in (loader, checkpoint):
             patch.setattr(module, "threads_for", lambda neighbours: threads)
         patch.setattr(exchange, "_MUCH_BYTES", 0)
@@ -76,6 +86,7 @@ class ScatteringStore(MemoryStore):
     def __init__(self):
         super().__init__()
         self.scattered = []
+        self.shown = []
 
     def open_object(self, name):
         return OpenedObject(self, name)
@@ -91,6 +102,17 @@ class OpenedObject:
         for buffer in buffers:
             self.store.read_into(self.name, start_byte, buffer.cast("B"))
             start_byte += buffer.nbytes
+
+    def view(self, start_byte, length_bytes):
+        return None
+
+    def show(self, start_byte, length_bytes):
+        content = memoryview(bytes(self.store.objects[self.name]))
+        stop_byte = start_byte + length_bytes
+        if stop_byte > len(content):
+            return None
+        self.store.shown.append((self.name, start_byte, length_bytes))
+        return content[start_byte:stop_byte]
 
 
 # ------------------------------------------------------------------------------------------- plans
@@ -215,13 +237,14 @@ def right(tensors):
     )
 
 
+@_SHOWN
 @_BY_THREADS
 @given(case=cases(), verify=st.booleans())
-def test_any_layout_and_any_memory_gets_just_its_bytes(threads, case, verify):
+def test_any_layout_and_any_memory_gets_just_its_bytes(threads, shown, case, verify):
     saving, loading, tensors = case
     store = ScatteringStore()
     save(store, saving, tensors)
-    with reading_by(threads):
+    with reading_by(threads, shown=shown):
         load(store, loading, tensors, verify=verify)
     assert right(tensors)
 
@@ -327,9 +350,10 @@ def test_no_line_of_a_tensor_is_copied_in_two(monkeypatch):
     assert len(found[1]) > 10  # in parts all the same
 
 
+@_SHOWN
 @_BY_THREADS
 @given(case=cases(), place=st.integers(0, 1 << 20))
-def test_damage_fails_a_load_and_every_changed_tensor_is_named(threads, case, place):
+def test_damage_fails_a_load_and_every_changed_tensor_is_named(threads, shown, case, place):
     saving, loading, tensors = case
     store = ScatteringStore()
     save(store, saving, tensors)
@@ -340,7 +364,7 @@ def test_damage_fails_a_load_and_every_changed_tensor_is_named(threads, case, pl
     store.objects[name] = bytes(data)
     failed = None
     try:
-        with reading_by(threads):
+        with reading_by(threads, shown=shown):
             load(store, loading, tensors)
     except LoadFailed as exc:
         failed = exc
@@ -412,16 +436,17 @@ def test_a_tensor_that_has_no_byte_here_is_not_named_as_changed():
     assert failed.value.touched == ["w"]
 
 
+@_SHOWN
 @_BY_THREADS
 @given(data=st.data())
-def test_a_slice_is_numpys(threads, data):
+def test_a_slice_is_numpys(threads, shown, data):
     shape = data.draw(st.sampled_from([(3000,), (40, 60), (6, 20, 30)]))
     whole = np.arange(np.prod(shape), dtype="f4").reshape(shape)
     store = ScatteringStore()
     distckpt.save(store, {"w": whole})
     box = data.draw(st.tuples(*[st.tuples(st.integers(0, n), st.integers(0, n)) for n in shape]))
     index = tuple(slice(min(ends), max(ends)) for ends in box)
-    with reading_by(threads):
+    with reading_by(threads, shown=shown):
         assert np.array_equal(distckpt.open(store)["w"][index], whole[index])
 
 
@@ -483,8 +508,9 @@ def test_a_block_of_which_little_is_wanted_is_checked_before_anything_changes():
     assert caught.value.touched == []
 
 
+@_SHOWN
 @_BY_THREADS
-def test_each_byte_is_read_once_however_many_ranks_want_it(threads):
+def test_each_byte_is_read_once_however_many_ranks_want_it(threads, shown):
     store = ScatteringStore()
     whole = np.random.default_rng(0).random((100, 100))
     distckpt.save(store, {"w": whole, "v": whole[0]})
@@ -496,7 +522,7 @@ def test_each_byte_is_read_once_however_many_ranks_want_it(threads):
         assert np.array_equal(net["v"], whole[0])
         return report.bytes_read
 
-    with reading_by(threads):
+    with reading_by(threads, shown=shown):
         read = run_ranks(3, go)
     assert max(read) <= sum(shards_of(store).values()) + 2 * 100  # a checksum table a rank
 

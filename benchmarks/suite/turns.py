@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# How often a rank looks whether the others have come: to spin would take a core from who works.
-_PAUSE_S = 5e-5
+# How often a rank looks whether the others have come, at first and at last: to spin, or to look all
+# the time, would take a core from who works.
+_PAUSE_S, _LONGEST_PAUSE_S = 5e-5, 1e-3
 
 
 class Ranks:
@@ -41,14 +42,17 @@ class Ranks:
     def timed(self, action: Callable[[], object]) -> float:
         """Collective. Return the seconds of the slowest rank; all begin together."""
         self.meet()
+        self.meet()  # those who had waited for long may have come a pause too late
         began = time.perf_counter()
         action()
         return self.most(time.perf_counter() - began)
 
 
 def _wait(request: Any) -> None:  # noqa: ANN401
+    pause_s = _PAUSE_S
     while not request.Test():
-        time.sleep(_PAUSE_S)
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 1.2, _LONGEST_PAUSE_S)
 
 
 # One measurement: what was measured → a number. What prepares and cleans up is not in the numbers.

@@ -164,6 +164,21 @@ class OpenObject(Protocol):
             StoreError: The store failed.
         """
 
+    def view(self, start_byte: int, length_bytes: int) -> memoryview | None:
+        """Look at a stretch where the system has it in memory, without a copy.
+
+        Args:
+            start_byte: Where it begins.
+            length_bytes: Its length, at least 1.
+
+        Returns:
+            Read-only, and valid as long as it is referred to; None where that can't be done, or
+            where to read it is faster.
+
+        Raises:
+            StoreError: The store failed.
+        """
+
 
 def opens(store: Store) -> bool:
     """Whether a store has a method ``open_object``, so that the function may be called."""

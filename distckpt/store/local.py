@@ -15,6 +15,7 @@ import numpy as np
 
 from distckpt.errors import StoreError
 from distckpt.store.base import Buffer, Sink, partial_name, total_bytes, translated
+from distckpt.store.mapping import map_cached
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,9 @@ _CERTAIN = frozenset(
 # slower. So the kind of file system decides, and not whether it can be opened so.
 _DIRECT = frozenset({"ext4", "xfs"})
 _DIRECT_BYTES = 1 << 20  # what is shorter is not worth it
+# Where files may be looked at in the page cache: not where another machine can cut them short.
+_MAPPED = frozenset({"ext4", "xfs"})
+_IN_MEMORY = frozenset({"tmpfs"})
 # More threads than this wait for one another: the kernel writes to a file one after another.
 _WRITES = 2
 _ALIGNMENT = 4096
@@ -198,6 +202,13 @@ class _LocalObject:
             for first in range(0, len(buffers), _BUFFERS_AT_ONCE):
                 some = buffers[first : first + _BUFFERS_AT_ONCE]
                 start_byte = _read_all(self._descriptor, start_byte, some, self._path)
+
+    def view(self, start_byte: int, length_bytes: int) -> memoryview | None:
+        """See `OpenObject`."""
+        with translated(self._path):
+            if _file_system(os.fstat(self._descriptor).st_dev) not in _MAPPED:
+                return None
+            return map_cached(self._descriptor, start_byte, length_bytes)
 
 
 class _LocalSink:
