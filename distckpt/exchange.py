@@ -8,12 +8,23 @@ from typing import Protocol
 
 import numpy as np
 
+from distckpt.arena import allocate
 from distckpt.copies import Places, Work
 from distckpt.crew import Crew, Worker
 from distckpt.errors import CheckpointError, CorruptCheckpoint, IncompleteCheckpoint, text
 from distckpt.reader import BlockReader
 from distckpt.region import Region
-from distckpt.schedule import Copy, Entry, Read, Round, Schedule, Setting, Stream, Stretch
+from distckpt.schedule import (
+    Copy,
+    Entry,
+    Read,
+    Round,
+    Schedule,
+    Setting,
+    Stream,
+    Stretch,
+    aligned,
+)
 from distckpt.team import Late, Operation
 from distckpt.waiting import Collections, Waiting
 
@@ -204,8 +215,12 @@ class _Exchange:
         done = _Sent()
         if self.failure is None:
             try:
+                if part.outgoing:
+                    done.memory = self._pool.take(self._schedule.most_sent_bytes)
+                free = done.memory
                 for stream in part.outgoing:
-                    done.outgoing[stream.peer] = self._prepared(stream, done)
+                    done.outgoing[stream.peer] = self._prepared(stream, done, free)
+                    free = free[stream.sent_bytes :]
                 whole = [read for read in part.reads if not read.stretches and not read.edges]
                 self._blocks.expect((read.file, read.block) for read in whole)
                 self.crew.read(
@@ -217,21 +232,20 @@ class _Exchange:
                 self._fail(exc)
         return done
 
-    def _prepared(self, stream: Stream, done: _Sent) -> list[memoryview]:
-        """Make the parts of what a rank gets, to be filled, and note where each row goes."""
+    def _prepared(self, stream: Stream, done: _Sent, memory: np.ndarray) -> list[memoryview]:
+        """Lay out the parts of what a rank gets, to be filled, and note where each row goes."""
         parts: list[memoryview] = []
-        schedule = self._schedule
-        for length, alone, entries in zip(stream.sizes, stream.alone, stream.entries, strict=True):
-            twin = int(schedule.twin[entries[0].row]) if alone else -1
+        at = 0
+        for length, twin, entries in zip(stream.sizes, stream.twins, stream.entries, strict=True):
             if twin >= 0:
                 # What this rank has anyway leaves from where it is.
                 parts.append(self._home(twin, done))
                 continue
-            buffer = self._pool.take(length)
-            done.buffers.append(buffer)
-            parts.append(buffer[:length].data)
+            part = memory[at : at + length]
+            at += aligned(length)
+            parts.append(part.data)
             for entry in entries:
-                done.slots[entry.row] = buffer[entry.first : entry.first + entry.size]
+                done.slots[entry.row] = part[entry.first : entry.first + entry.size]
         return parts
 
     def _home(self, row: int, done: _Sent) -> memoryview:
@@ -376,13 +390,13 @@ class _Sent:
     Attributes:
         outgoing: Rank → the parts of what it gets.
         slots: Row → where its bytes go until they have been sent.
-        buffers: The memory of that.
+        memory: The memory of that.
         lost: Rows that could not be read.
     """
 
     outgoing: dict[int, list[memoryview]] = field(default_factory=dict)
     slots: dict[int, np.ndarray] = field(default_factory=dict)
-    buffers: list[np.ndarray] = field(default_factory=list)
+    memory: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
     lost: set[int] = field(default_factory=set)
     _acknowledged: int = 0
 
@@ -396,8 +410,7 @@ class _Sent:
         """Note that a consumer has what it gets; when all have, the memory is free."""
         self._acknowledged += 1
         if self._acknowledged == len(self.outgoing):
-            for buffer in self.buffers:
-                pool.give(buffer)
+            pool.give(self.memory)
 
 
 class _Pool:
@@ -411,7 +424,7 @@ class _Pool:
         fits = [number for number, one in enumerate(self._free) if len(one) >= length]
         if fits:
             return self._free.pop(min(fits, key=lambda number: len(self._free[number])))
-        return np.empty(-(-length // _KEPT_BYTES) * _KEPT_BYTES, np.uint8)
+        return allocate(-(-length // _KEPT_BYTES) * _KEPT_BYTES)
 
     def give(self, buffer: np.ndarray) -> None:
         """Take memory back."""

@@ -32,6 +32,7 @@ _GAP_BYTES = 16 << 10
 _AT_ONCE_BYTES = 8 << 20
 # How much goes together: it is to stay in the processor's cache until it is taken apart.
 _TOGETHER_BYTES = 1 << 20
+_LINE_ALIGNMENT = 64
 # So many are kept of one work: a net may be loaded now with checks and now without.
 _KEPT = 4
 
@@ -155,6 +156,11 @@ class Entry(NamedTuple):
     number: int
 
 
+def aligned(size_bytes: int) -> int:
+    """Round a size up, so that what follows begins with a line of the processor's cache."""
+    return -(-size_bytes // _LINE_ALIGNMENT) * _LINE_ALIGNMENT
+
+
 class Stream:
     """What one rank sends another in a round, in parts; both sides cut it alike.
 
@@ -172,6 +178,8 @@ class Stream:
         sizes: How long each part is, in bytes.
         entries: What is in each part.
         alone: Of each part, whether it is a row alone.
+        twins: Of each part, the row of which it is the twin; -1 if it has memory of its own.
+        sent_bytes: How much memory it takes to put together what is sent.
     """
 
     def __init__(self, schedule: Schedule, work: Work, peer: int, rows: np.ndarray) -> None:
@@ -197,6 +205,13 @@ class Stream:
             zip(*(column.tolist() for column in columns), strict=True)
         ):
             self.entries[of].append(Entry(row, key, begin, length, place, number))
+        self.twins = [
+            int(schedule.twin[entries[0].row]) if alone else -1
+            for alone, entries in zip(self.alone, self.entries, strict=True)
+        ]
+        self.sent_bytes = sum(
+            aligned(size) for size, twin in zip(self.sizes, self.twins, strict=True) if twin < 0
+        )
 
 
 class Round(NamedTuple):
@@ -231,6 +246,7 @@ class Schedule:
         boxes: The boxes of rows that are copied from their block, or from what was sent.
         rounds: Round by round.
         blocks: How many blocks this rank reads.
+        most_sent_bytes: How much memory what is sent takes, in any round.
     """
 
     def __init__(self, work: Work, setting: Setting) -> None:
@@ -274,6 +290,9 @@ class Schedule:
             )
             for rows in work.rounds()
         ]
+        self.most_sent_bytes = max(
+            (sum(stream.sent_bytes for stream in part.outgoing) for part in self.rounds), default=0
+        )
 
     @classmethod
     def of(cls, work: Work, setting: Setting) -> Schedule:
