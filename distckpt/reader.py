@@ -216,8 +216,8 @@ class BlockReader:
             CorruptCheckpoint, IncompleteCheckpoint: As in `read`. The buffers may have changed by
                 then.
         """
-        start, _ = self.span(file, block)
-        view = self._view(file, start, buffers)
+        start, stop = self.span(file, block)
+        view = self._view(file, start, stop - start, len(buffers))
         if view is None:
             self._scatter(file, start, buffers)
             self._check(file, block, buffers)
@@ -258,7 +258,7 @@ class BlockReader:
         Raises:
             CorruptCheckpoint, IncompleteCheckpoint: The file is short, or not there.
         """
-        view = self._view(file, start_byte, buffers)
+        view = self._view(file, start_byte, total_bytes(buffers), len(buffers))
         if view is None:
             self._scatter(file, start_byte, buffers)
         else:
@@ -351,10 +351,9 @@ class BlockReader:
         with self._reading(self._files[file].name, start, total_bytes(buffers)):
             self._open(file).read_into(start, buffers)
 
-    def _view(self, file: int, start: int, buffers: Sequence[memoryview]) -> np.ndarray | None:
-        """Look at the bytes (uint8) that are to fill some buffers; None where to read is better."""
-        length = total_bytes(buffers)
-        if length < _PIECE_BYTES * max(len(buffers), 1):
+    def _view(self, file: int, start: int, length: int, buffers: int) -> np.ndarray | None:
+        """Look at bytes (uint8) that so many buffers are to hold; None where to read is better."""
+        if length < _PIECE_BYTES * max(buffers, 1):
             return None
         with self._explained(self._files[file].name, start):
             view = self._open(file).view(start, length)
