@@ -524,6 +524,7 @@ def test_each_byte_is_read_once_however_many_ranks_want_it(threads, shown):
 
     with reading_by(threads, shown=shown):
         read = run_ranks(3, go)
+    assert bool(store.shown) == shown
     assert max(read) <= sum(shards_of(store).values()) + 2 * 100  # a checksum table a rank
 
 
