@@ -33,9 +33,9 @@ _CERTAIN = frozenset(
 # slower. So the kind of file system decides, and not whether it can be opened so.
 _DIRECT = frozenset({"ext4", "xfs"})
 _DIRECT_BYTES = 1 << 20  # what is shorter is not worth it
-# Where files may be looked at in the page cache: not where another machine can cut them short.
+# Where files are looked at in the page cache: not where another machine can cut them short, and not
+# on a tmpfs, whose small pages take as long to map as to read.
 _MAPPED = frozenset({"ext4", "xfs"})
-_IN_MEMORY = frozenset({"tmpfs"})
 # More threads than this wait for one another: the kernel writes to a file one after another.
 _WRITES = 2
 _ALIGNMENT = 4096
