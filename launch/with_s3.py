@@ -120,8 +120,9 @@ def moto_server(folder: Path) -> Iterator[S3Server]:
     [port] = free_ports(1)
     # Tests have better things to do than to send 5 MiB, the least that S3 takes as a part.
     sizes = {"S3_UPLOAD_PART_MIN_SIZE": "1", "MOTO_S3_DEFAULT_KEY_BUFFER_SIZE": str(16 << 20)}
-    with running([sys.executable, "-c", _MOTO, port], port, folder / "moto.log", sizes):
-        yield _with_bucket(S3Server(f"http://127.0.0.1:{port}"))
+    log = folder / "moto.log"
+    with running([sys.executable, "-c", _MOTO, port], port, log, sizes):
+        yield _with_bucket(S3Server(f"http://127.0.0.1:{port}"), log)
 
 
 @contextlib.contextmanager
@@ -138,22 +139,28 @@ def seaweedfs_server(folder: Path) -> Iterator[S3Server]:
         *(program, "-logtostderr=true", "server", f"-dir={folder / 'data'}"),
         *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"),
         *(f"-master.port={master}", f"-master.port.grpc={master_grpc}"),
-        *(f"-volume.port={volume}", f"-volume.port.grpc={volume_grpc}", "-volume.max=0"),
-        *("-volume.preStopSeconds=0", "-master.volumeSizeLimitMB=1024"),
+        *(f"-volume.port={volume}", f"-volume.port.grpc={volume_grpc}", "-volume.max=100"),
+        # Not as many volumes as the disk seems to have room for: on a disk that is nearly full,
+        # that is none, and the first object waits for ever.
+        *("-volume.minFreeSpace=1MiB", "-volume.preStopSeconds=0"),
         *("-filer", f"-filer.port={filer}", f"-filer.port.grpc={filer_grpc}"),
         *("-s3", f"-s3.port={s3}", f"-s3.port.grpc={s3_grpc}", "-s3.port.iceberg=0"),
         *("-s3.port.lance=0", f"-s3.localSocket={folder / 's3.sock'}"),
         f"-filer.localSocket={folder / 'filer.sock'}",
         *(f"-s3.config={folder / 's3.json'}", "-s3.autoCreateBucket=false"),
     ]
-    with running(command, s3, folder / "seaweedfs.log"):
-        yield _with_bucket(S3Server(f"http://127.0.0.1:{s3}"))
+    log = folder / "seaweedfs.log"
+    with running(command, s3, log):
+        yield _with_bucket(S3Server(f"http://127.0.0.1:{s3}"), log)
 
 
-def _with_bucket(server: S3Server) -> S3Server:
+def _with_bucket(server: S3Server, log: Path) -> S3Server:
     import s3fs  # noqa: PLC0415  an extra
 
-    fs = s3fs.S3FileSystem(**server.options(client_kwargs={"region_name": REGION}))
+    # A server that doesn't answer is to end this, not to hang it: s3fs tries five times.
+    waits = {"read_timeout": _PATIENCE_S / 5, "retries": {"max_attempts": 0}}
+    region = {"region_name": REGION}
+    fs = s3fs.S3FileSystem(**server.options(client_kwargs=region, config_kwargs=waits))
     deadline = time.monotonic() + _PATIENCE_S
     while True:
         try:
@@ -162,9 +169,10 @@ def _with_bucket(server: S3Server) -> S3Server:
             fs.pipe_file(f"{BUCKET}/is-it-there", b"yes")
         except FileExistsError:
             return server
-        except OSError:
+        except OSError as error:
             if time.monotonic() > deadline:
-                raise
+                said = log.read_text(errors="replace")
+                raise RuntimeError(f"{server.endpoint} takes no objects:\n{said}") from error
             time.sleep(0.05)
         else:
             return server
