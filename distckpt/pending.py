@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 from distckpt.agreement import unseen_of
 from distckpt.arena import Arena
@@ -19,15 +22,16 @@ from distckpt.store import Store
 from distckpt.team import COORDINATOR, Team
 from distckpt.waiting import (
     Waiting,
+    before_executors_close,
     drive,
     in_thread,
-    join_at_exit,
     quick_switches,
     step_back,
 )
 
 logger = logging.getLogger(__name__)
-_THREAD = "distckpt-save"
+# More saves at a time than any program has: who waited for a thread would keep other ranks waiting.
+_MOST_THREADS = 1 << 10
 # What is left of a call that has started its thread takes much less.
 _CALL_S = 1.0
 
@@ -85,6 +89,29 @@ def make_ready(team: Team, store: Store, state: object, options: Options) -> Non
     _arena_of(team).prepare(size_bytes if limit_bytes is None else min(size_bytes, limit_bytes))
 
 
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """Return the threads that saves are written by.
+
+    They are kept: the start of one holds up who starts it, by a fifth of the call of a lazy save.
+    """
+    threads = ThreadPoolExecutor(_MOST_THREADS, "distckpt-save", initializer=step_back)
+    before_executors_close(threads.shutdown)
+    return threads
+
+
+def finish_saves() -> None:
+    """Wait until this process has written its saves in flight. It can't write any afterwards.
+
+    Called when a program ends. What leaves by ``os._exit`` has to call it.
+    """
+    _threads().shutdown()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # it has none of them
+
+
 def _arena_of(team: Team) -> Arena:
     arena: Arena = team.memory.setdefault("arena", Arena())
     return arena
@@ -121,13 +148,9 @@ class PendingCheckpoint:
         self._error: BaseException | None = None
         self._commit = self._protocol()
         self._bytes_total = sum(image.layout.length for image in save.images.values())
-        join_at_exit(_THREAD)
-        concurrent = team.coordinator.concurrent
-        self._thread = threading.Thread(
-            target=self._write_and_commit if concurrent else self._write, name=_THREAD
-        )
-        self._thread.start()
-        if not concurrent:
+        self._claimed = threading.Lock()
+        self._in_background(self._write_and_commit if team.coordinator.concurrent else self._write)
+        if not team.coordinator.concurrent:
             team.backlog.add(self._advance)
         self._begun.set()
         if self._staging is not None and not self._staging.has_begun:
@@ -214,8 +237,26 @@ class PendingCheckpoint:
             self._team.backlog.advance()
             time.sleep(1e-3)
 
+    def _in_background(self, work: Callable[[], None]) -> None:
+        """Have a thread do what is to be done; or do it here, where there can be no thread."""
+
+        def once() -> None:
+            # What no thread could be started for may be done by one that is there, all the same.
+            if not self._claimed.acquire(blocking=False):
+                return
+            try:
+                work()
+            except BaseException:
+                logger.exception("%s: the thread that saves has failed", self.url)
+                raise
+
+        try:
+            _threads().submit(once)
+        except RuntimeError:  # none can be started, or the program is ending
+            self._begun.set()
+            once()
+
     def _write(self) -> None:
-        step_back()
         # Else it would take a core, and the interpreter's lock, from the call that starts it. Not
         # for long: that may have been interrupted.
         self._begun.wait(_CALL_S)

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -198,18 +197,6 @@ class _QuickSwitches:
 
 
 quick_switches = _QuickSwitches()
-
-
-@cache
-def join_at_exit(name: str) -> None:
-    """Have all threads of a name joined when the program ends; see `before_executors_close`."""
-
-    def join() -> None:
-        for thread in threading.enumerate():
-            if thread.name == name:
-                thread.join()
-
-    before_executors_close(join)
 
 
 def in_thread(function: Callable[[], T], *, here: bool = False) -> Waiting[T]:

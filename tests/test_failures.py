@@ -293,3 +293,42 @@ def test_a_checkpoint_that_was_opened_has_no_stats():
     saved = distckpt.save(store, {"w": np.zeros(3)}, comm=distckpt.Solo())
     assert saved.stats.nbytes > 0
     assert distckpt.open(store).stats is None
+
+
+def test_a_save_that_is_begun_at_the_very_end_is_made_all_the_same(tmp_path):
+    """When an exit handler runs, no thread works any more."""
+    ended = run_program(
+        """
+        import atexit
+        distckpt.save_async(folder + "/1", {"w": np.ones(9)}).wait()
+        def last():
+            pending = distckpt.save_async(folder + "/2", {"w": np.full(9, 2.0)})
+            print(pending.done())
+        atexit.register(last)
+        """,
+        tmp_path,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "True\n", "")
+    assert distckpt.load(tmp_path / "2")["w"].tolist() == [2.0] * 9
+
+
+@pytest.mark.parametrize("leaves", ["finish_saves(); os._exit(0)", "sys.exit()"])
+def test_a_forked_process_saves_with_threads_of_its_own(tmp_path, leaves):
+    ended = run_program(
+        f"""
+        import os, warnings
+        from distckpt.pending import finish_saves
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads and forks
+        distckpt.save_async(folder + "/parent", {{"w": np.ones(9)}}).wait()
+        child = os.fork()
+        if not child:
+            distckpt.save_async(folder + "/child", {{"w": np.full(9, 2.0)}})
+            {leaves}
+        print(os.waitpid(child, 0)[1])
+        distckpt.save_async(folder + "/again", {{"w": np.full(9, 3.0)}})
+        """,
+        tmp_path,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "0\n", "")
+    found = [distckpt.load(tmp_path / name)["w"][0] for name in ("parent", "child", "again")]
+    assert found == [1.0, 2.0, 3.0]

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 import weakref
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from distckpt.manifest import MANIFEST_NAME
 from distckpt.shardfile import Piece, ShardImage, ShardLayout, checksum
 from distckpt.staging import LATER, NEVER, NOW, Staging, when_copied
 from distckpt.store import LocalStore
-from distckpt.testing import MemoryStore, run_ranks
+from distckpt.testing import FaultyStore, MemoryStore, run_ranks
 from distckpt.waiting import quick_switches
 
 BLOCK = 4096
@@ -427,17 +426,65 @@ def test_a_file_system_that_refuses_direct_writing_is_written_to_all_the_same(
 def test_a_call_that_is_interrupted_after_it_has_started_its_thread_keeps_nobody_waiting(
     monkeypatch,
 ):
-    class Interrupted(threading.Thread):
-        def start(self):
-            super().start()
-            raise KeyboardInterrupt
+    submit = pending_module.ThreadPoolExecutor.submit
+
+    def interrupted(pool, work):
+        submit(pool, work)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(pending_module, "_CALL_S", 0.01)
-    monkeypatch.setattr(
-        pending_module, "threading", SimpleNamespace(Thread=Interrupted, Event=threading.Event)
-    )
+    monkeypatch.setattr(pending_module.ThreadPoolExecutor, "submit", interrupted)
     store = MemoryStore()
     with pytest.raises(KeyboardInterrupt):
         distckpt.save_async(store, {"w": np.ones(3)})
     wait_for(lambda: MANIFEST_NAME in store.objects)
     assert distckpt.open(store)["w"].read().tolist() == [1, 1, 1]
+
+
+def test_saves_are_written_by_threads_of_saves_before_them():
+    found = []
+
+    def note(kind, name, number):
+        if kind == "create":
+            found.append(threading.current_thread())
+
+    store = FaultyStore(MemoryStore(), on_operation=note)
+    for number in range(40):
+        distckpt.save_async(store, {"w": np.full(9, number)}, overwrite=True).wait()
+    assert len(found) == 40
+    assert threading.current_thread() not in found
+    assert all(thread.is_alive() for thread in found)
+    # A thread whose save has just ended may not yet be idle.
+    assert len(set(found)) < 10
+
+
+def test_where_no_thread_can_be_started_the_caller_writes_once(monkeypatch):
+    submit = pending_module.ThreadPoolExecutor.submit
+    late = []
+
+    def refuse(pool, work):
+        late.append(work)
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(pending_module.ThreadPoolExecutor, "submit", refuse)
+    store = MemoryStore()
+    pending = distckpt.save_async(store, {"w": np.arange(9.0)})
+    assert pending.done()
+    files = set(store.objects)
+    # A pool does it when a thread is free, though it has raised.
+    submit(pending_module._threads(), late[0]).result()
+    assert set(store.objects) == files
+    assert pending.wait()["w"].read().tolist() == list(range(9))
+
+
+def test_what_nobody_foresaw_in_the_thread_is_logged(monkeypatch, caplog):
+    store = MemoryStore()
+
+    def broken(save):
+        raise ZeroDivisionError("a fault of distckpt")
+
+    monkeypatch.setattr(pending_module, "write", broken)
+    pending = distckpt.save_async(store, {"w": np.arange(9.0)})
+    with pytest.raises(TimeoutError):
+        pending.wait(0.2)
+    assert "a fault of distckpt" in caplog.text

@@ -21,6 +21,7 @@ from typing import NoReturn
 
 from distckpt import codec
 from distckpt.errors import CheckpointError, from_plain, to_plain
+from distckpt.pending import finish_saves
 
 _HEADER = struct.Struct("<QI")  # a message's length and tag
 
@@ -148,6 +149,7 @@ def _be_rank(
     error = value = None
     try:
         value = codec.pack(function(comm))
+        finish_saves()
         for thread in threading.enumerate():
             if thread is not threading.current_thread() and not thread.daemon:
                 thread.join()
