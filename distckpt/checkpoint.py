@@ -353,13 +353,12 @@ class _Whole:
         del key
         return self._dtype
 
-    def memories(self, key: np.ndarray, start: np.ndarray, stop: np.ndarray) -> list[memoryview]:
+    def memories(
+        self, key: Sequence[int], start: Sequence[int], stop: Sequence[int]
+    ) -> list[memoryview]:
         """See `Landing`."""
         del key
-        return [
-            self._bytes[first:last].data
-            for first, last in zip(start.tolist(), stop.tolist(), strict=True)
-        ]
+        return [self._bytes[first:last].data for first, last in zip(start, stop, strict=True)]
 
     def takes_any(self, key: np.ndarray) -> bool:
         """See `Landing`."""

@@ -53,7 +53,9 @@ class Landing(Protocol):
     def dtype(self, key: int) -> np.dtype:
         """Return the dtype, as stored, of what a key wants."""
 
-    def memories(self, key: np.ndarray, start: np.ndarray, stop: np.ndarray) -> list[memoryview]:
+    def memories(
+        self, key: Sequence[int], start: Sequence[int], stop: Sequence[int]
+    ) -> list[memoryview]:
         """Return stretches of memory, which are going to be filled.
 
         Args:
@@ -258,7 +260,7 @@ class _Exchange:
     def _memory(self, row: int, key: int, place: int) -> memoryview:
         """Return the stretch of this rank's own memory where a row goes."""
         last = place + int(self._schedule.size_bytes[row])
-        return self._into.memories(np.array([key]), np.array([place]), np.array([last]))[0]
+        return self._into.memories([key], [place], [last])[0]
 
     def _read_one(self, read: Read, worker: Worker, done: _Sent) -> None:
         """Read a block, and bring what it holds to where it belongs."""
@@ -291,7 +293,7 @@ class _Exchange:
     def _read_stretch(self, read: Read, stretch: Stretch, worker: Worker, done: _Sent) -> None:
         """Read rows where they belong, and what lies between them to its place in the block."""
         buffers: list[memoryview] = []
-        if len(stretch.key):
+        if stretch.key:
             buffers = self._into.memories(stretch.key, stretch.first, stretch.last)
         for index, row in stretch.sent:
             buffers.insert(index, done.slots[row].data)

@@ -280,7 +280,9 @@ class _Looking:
             return np.dtype(np.uint8)
         return dtypes.BY_CODE[int(self.keep[key])].numpy
 
-    def memories(self, key: np.ndarray, start: np.ndarray, stop: np.ndarray) -> list[memoryview]:
+    def memories(
+        self, key: Sequence[int], start: Sequence[int], stop: Sequence[int]
+    ) -> list[memoryview]:
         """There are no places."""
         raise NotImplementedError
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import EllipsisType
+from typing import Any
 
 import numpy as np
 
@@ -166,17 +167,20 @@ class Footing:
     Attributes:
         stored: See above.
         item: (keys,) the number of each box's tensor.
+        items: The same, listed.
     """
 
     def __init__(self, held: Holdings, stored: np.ndarray) -> None:
         self.stored = stored
         self.item, self._start, self._stop = held.keys()
+        self.items: list[int] = self.item.tolist()
         size = (self._stop - self._start).prod(axis=1)
         nbytes = np.zeros(len(held.names), np.int64)
         np.add.at(nbytes, self.item, size)
         itemsize = dtypes.itemsizes(held.dtype)
         # What Python can hand out as it is.
-        self._length = np.where(dtypes.are_exported(held.dtype), nbytes * itemsize, -1)
+        length = np.where(dtypes.are_exported(held.dtype), nbytes * itemsize, -1)[self.item]
+        self._length: list[int] = length.tolist()
         before = np.cumsum(size) - size
         within = (before - before[np.searchsorted(self.item, self.item)]) * itemsize[self.item]
         self._first = np.where(stored == held.dtype[self.item], within, -1)
@@ -187,21 +191,21 @@ class Footing:
         """Whether the bytes of any box can be put in place as they are in the file."""
         return bool((self._first >= 0).any())
 
-    def places(self, filled: Sequence[bool]) -> tuple[Places, np.ndarray]:
+    def places(self, filled: Sequence[bool]) -> tuple[Places, list[int]]:
         """Say which boxes' bytes may be put where they belong as they are in the file.
 
         Args:
             filled: (tensors,) whether the memory of each takes bytes so.
 
         Returns:
-            The boxes' places; and of each tensor the length in bytes, -1 where Python can't hand
-            out its memory whole.
+            The boxes' places; and for each box the length in bytes of its tensor's memory, -1 where
+            Python can't hand that out whole.
         """
         if all(filled):
             return self._places, self._length
-        fills = np.array(filled, bool)
-        first = np.where(fills[self.item], self._first, -1)
-        return Places(self._start, self._stop, first), np.where(fills, self._length, -1)
+        fills = np.array(filled, bool)[self.item]
+        first = np.where(fills, self._first, -1)
+        return Places(self._start, self._stop, first), np.where(fills, self._length, -1).tolist()
 
 
 class Filling:
@@ -213,43 +217,41 @@ class Filling:
 
     Attributes:
         places: Which boxes' bytes may be put where they belong as they are in the file.
-        touched: (keys,) whether any byte of each may have changed.
+        touched: Of which boxes any byte may have changed.
     """
 
     def __init__(self, wanted: Wanted, footing: Footing) -> None:
-        self._wanted = wanted
-        self._stored, self._item = footing.stored, footing.item
-        self.touched = np.zeros(len(self._stored), bool)
-        self._arrays = wanted.flat.arrays
+        self._wanted, self._footing = wanted, footing
+        self.touched: set[int] = set()
+        arrays = wanted.flat.arrays
+        self._arrays: list[Any] = list(map(arrays.__getitem__, footing.items))
         # Asked only where it counts: there may be thousands.
-        fills = wanted.flat.takes_bytes() if footing.takes_bytes else [False] * len(self._arrays)
+        fills = wanted.flat.takes_bytes() if footing.takes_bytes else [False] * len(arrays)
         places, self._length = footing.places(fills)
         self.places: Places | None = places
 
     @property
     def names(self) -> list[str]:
         """Names of the tensors of which any byte may have changed."""
-        names = self._wanted.held.names
-        changed = np.zeros(len(names), bool)
-        changed[self._item[self.touched]] = True
-        if changed.all():
-            return list(names)
-        return [names[item] for item in np.flatnonzero(changed).tolist()]
+        names, items = self._wanted.held.names, self._footing.items
+        return [names[item] for item in sorted({items[key] for key in self.touched})]
 
     def dtype(self, key: int) -> np.dtype:
         """See `Landing`."""
-        return dtypes.BY_CODE[int(self._stored[key])].numpy
+        return dtypes.BY_CODE[int(self._footing.stored[key])].numpy
 
-    def memories(self, key: np.ndarray, start: np.ndarray, stop: np.ndarray) -> list[memoryview]:
+    def memories(
+        self, key: Sequence[int], start: Sequence[int], stop: Sequence[int]
+    ) -> list[memoryview]:
         """See `Landing`."""
-        self.touched[key] = True
-        arrays, item = self._arrays, self._item[key]
-        is_whole = (start == 0) & (stop == self._length[item])
+        # Numpy would take as long for one as for a hundred, and mostly there are a few.
+        self.touched.update(key)
+        arrays, length = self._arrays, self._length
         return [
-            arrays[number].data if whole else _bytes(arrays[number], first, last)
-            for number, first, last, whole in zip(
-                item.tolist(), start.tolist(), stop.tolist(), is_whole.tolist(), strict=True
-            )
+            arrays[number].data
+            if first == 0 and last == length[number]
+            else _bytes(arrays[number], first, last)
+            for number, first, last in zip(key, start, stop, strict=True)
         ]
 
     def takes_any(self, key: np.ndarray) -> bool:
@@ -259,7 +261,7 @@ class Filling:
 
     def put(self, key: int, start: tuple[int, ...], values: np.ndarray) -> None:
         """See `Landing`."""
-        self.touched[key] = True
+        self.touched.add(key)
         target = self._wanted.targets[key]
         pad = len(start) - len(target.region.start)
         if pad:

@@ -84,9 +84,9 @@ class Stretch(NamedTuple):
 
     start_byte: int
     is_block: bool
-    key: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
+    key: list[int]
+    first: list[int]
+    last: list[int]
     sent: list[tuple[int, int]]
     gaps: list[tuple[int, int, int]]
 
@@ -550,8 +550,8 @@ class _Reads:
             sent[stretch].append((index, row))
         mine = rows[own]
         edges = np.searchsorted(np.flatnonzero(own), np.append(firsts, len(rows))).tolist()
-        key, first = work.key[mine], schedule.place[mine]
-        last = first + work.size_bytes[mine]
+        key, first = work.key[mine].tolist(), schedule.place[mine].tolist()
+        last = (schedule.place[mine] + work.size_bytes[mine]).tolist()
         for index, (owner, first_byte, is_block, low, high) in enumerate(
             zip(
                 number[firsts].tolist(),
