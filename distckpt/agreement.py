@@ -184,6 +184,10 @@ def agree(
     digest = _digest(team, mine.held, options)
     known = plans.get(digest)
     known = None if known is None or known.stale else known
+    in_the_way: Exception | None = None
+    if operation.rank == COORDINATOR and store is not None and not options.overwrite:
+        # While the others come, and not when all wait for the answer.
+        in_the_way = _found_existing(store)
 
     def decide(calls: Gathered) -> ToAll:
         raise_together(calls.errors(), where, SaveFailed, "save", own_kind=True)
@@ -192,8 +196,10 @@ def agree(
         failed = {key: text for found in distinct for key, text in found["unseen"].items()}
         if failed:
             return ToAll({"unseen": failed})
-        if not options.overwrite and store is not None:
-            _refuse_existing(store)
+        if isinstance(in_the_way, CheckpointExists) and store is not None:
+            _refuse_existing(store)  # unless a rank that came later has deleted it
+        elif in_the_way is not None:
+            raise in_the_way
         generations = {found["generation"] for found in distinct}
         same_values = len({found["values"] for found in distinct}) == 1
         answer = {
@@ -322,6 +328,15 @@ def _copied(value: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     copy: dict[str, Any] = codec.decode_value(codec.encode_value(dict(value)))
     return copy
+
+
+def _found_existing(store: Store) -> Exception | None:
+    """Return what `_refuse_existing` raises; None if it raises nothing."""
+    try:
+        _refuse_existing(store)
+    except Exception as exc:  # noqa: BLE001  raised once all ranks have come
+        return exc
+    return None
 
 
 def _refuse_existing(store: Store) -> None:

@@ -41,11 +41,13 @@ class Flattened:
         leaves = walked.leaves
         self._kinds = list(map(type, leaves))
         self._pieces = [i for i, kind in enumerate(self._kinds) if kind not in _IMMUTABLE]
+        # Mostly all are, and there may be thousands.
+        self._are_bare = {self._kinds[index] for index in self._pieces} <= {np.ndarray}
         pieces, arrays = self._arrays(leaves)
         if {type(piece) for piece in pieces} <= _PIECES and {type(a) for a in arrays} <= {
             np.ndarray
         }:
-            self._like = [walked.keys, self._kinds, _seen(pieces, arrays)]
+            self._like = [walked.keys, self._kinds, self._seen(pieces, arrays)]
             self._values = dict(zip(self._others(), flat.values, strict=True))
             self._like_of = LeafModel.of(flat.tensors)
 
@@ -63,7 +65,9 @@ class Flattened:
         if walked is None or [walked.keys, list(map(type, walked.leaves))] != self._like[:2]:  # type: ignore[index]
             return None
         pieces, arrays = self._arrays(walked.leaves)
-        if set(map(type, arrays)) - {np.ndarray} or _seen(pieces, arrays) != self._like[2]:  # type: ignore[index]
+        if not self._are_bare and set(map(type, arrays)) - {np.ndarray}:
+            return None
+        if self._seen(pieces, arrays) != self._like[2]:  # type: ignore[index]
             return None
         setters = walked.setters(arrays, replaces=replaces)
         replace = [setters[index] for index in self._pieces]
@@ -74,10 +78,28 @@ class Flattened:
         return [i for i, kind in enumerate(self._kinds) if kind in _IMMUTABLE]
 
     def _arrays(self, leaves: list[object]) -> tuple[list[Any], list[Any]]:
-        pieces: list[Any] = [leaves[index] for index in self._pieces]
+        pieces: list[Any] = leaves
+        if len(self._pieces) < len(leaves):
+            pieces = [leaves[index] for index in self._pieces]
+        if self._are_bare:
+            return pieces, pieces
         return pieces, [
             piece.array if type(piece) is Shard or type(piece) is FlatShard else piece
             for piece in pieces
+        ]
+
+    def _seen(self, pieces: Sequence[Any], arrays: Sequence[Any]) -> list[object]:
+        """List what a plan depends on of each piece."""
+        found: list[object] = [[array.shape for array in arrays], [array.dtype for array in arrays]]
+        if self._are_bare:
+            return found
+        shards = [piece for piece in pieces if type(piece) is Shard]
+        runs = [piece for piece in pieces if type(piece) is FlatShard]
+        return [
+            *found,
+            [shard.offset for shard in shards],
+            [shard.global_shape for shard in shards],
+            [(run.start, run.global_shape, run.region) for run in runs],
         ]
 
 
@@ -113,19 +135,6 @@ def _unreplaceable(value: object) -> None:
     raise LayoutError(f"a state that is saved takes no new value ({type(value).__qualname__})")
 
 
-def _seen(pieces: Sequence[Any], arrays: Sequence[Any]) -> list[object]:
-    """List what a plan depends on of each piece."""
-    shards = [piece for piece in pieces if type(piece) is Shard]
-    runs = [piece for piece in pieces if type(piece) is FlatShard]
-    return [
-        [array.shape for array in arrays],
-        [array.dtype for array in arrays],
-        [shard.offset for shard in shards],
-        [shard.global_shape for shard in shards],
-        [(run.start, run.global_shape, run.region) for run in runs],
-    ]
-
-
 @dataclass(frozen=True, slots=True)
 class _Walked:
     """Nested dicts, in the order in which they are flattened.
@@ -153,8 +162,7 @@ class _Walked:
             arrays: Those of the leaves: what is filled where it is is not replaced.
             replaces: Whether any leaf is.
         """
-        filled = len(arrays) == len(self.leaves) and all(map(_WRITEABLE, arrays))
-        if filled or not replaces:
+        if not replaces or (len(arrays) == len(self.leaves) and all(map(_WRITEABLE, arrays))):
             return [_unreplaceable] * len(self.leaves)
         return [partial(operator.setitem, node, key) for _, node, key in self._places()]
 

@@ -168,12 +168,14 @@ class Footing:
         stored: See above.
         item: (keys,) the number of each box's tensor.
         items: The same, listed.
+        is_one_each: Whether each tensor is one box.
     """
 
     def __init__(self, held: Holdings, stored: np.ndarray) -> None:
         self.stored = stored
         self.item, self._start, self._stop = held.keys()
         self.items: list[int] = self.item.tolist()
+        self.is_one_each = self.items == list(range(len(held.names)))
         size = (self._stop - self._start).prod(axis=1)
         nbytes = np.zeros(len(held.names), np.int64)
         np.add.at(nbytes, self.item, size)
@@ -224,7 +226,9 @@ class Filling:
         self._wanted, self._footing = wanted, footing
         self.touched: set[int] = set()
         arrays = wanted.flat.arrays
-        self._arrays: list[Any] = list(map(arrays.__getitem__, footing.items))
+        self._arrays: Sequence[Any] = arrays
+        if not footing.is_one_each:
+            self._arrays = [arrays[item] for item in footing.items]
         # Asked only where it counts: there may be thousands.
         fills = wanted.flat.takes_bytes() if footing.takes_bytes else [False] * len(arrays)
         places, self._length = footing.places(fills)
@@ -234,6 +238,8 @@ class Filling:
     def names(self) -> list[str]:
         """Names of the tensors of which any byte may have changed."""
         names, items = self._wanted.held.names, self._footing.items
+        if self._footing.is_one_each and len(self.touched) == len(items):
+            return list(names)
         return [names[item] for item in sorted({items[key] for key in self.touched})]
 
     def dtype(self, key: int) -> np.dtype:

@@ -407,6 +407,28 @@ def test_a_damaged_manifest_can_be_replaced_and_its_files_stay(caplog):
     assert "replacing a manifest that can't be read, whose files are left" in caplog.text
 
 
+def test_a_checkpoint_that_a_rank_deletes_before_it_joins_is_not_in_the_way():
+    """The coordinator looks while it waits for the others."""
+    store = MemoryStore()
+    assert error_of(save(store, 2, 1)) is None
+    looked = threading.Event()
+
+    def note(kind, name, number):
+        if name == MANIFEST_NAME:
+            looked.set()
+
+    faulty = FaultyStore(store, on_operation=note)
+
+    def run(comm):
+        if comm.rank == 1:
+            assert looked.wait(20)
+            store.delete(list(store.objects))
+        return distckpt.save(faulty, state(2, comm), comm=comm)
+
+    run_ranks(2, run)
+    assert version_of(store, 2) == 2
+
+
 def test_shard_files_lie_beside_those_of_an_attempt_that_died():
     store = MemoryStore()
     faulty = FaultyStore(store, fail_at=operations(2, overwrite=False) - 2)  # the manifest's put

@@ -98,7 +98,7 @@ def encode(manifest: Manifest, structure: EncodedStructure | None = None) -> byt
     if manifest.values:
         message.values.name.extend(manifest.values)
         message.values.value.extend(
-            to_value(value, None, name) for name, value in manifest.values.items()
+            to_value(value, name) for name, value in manifest.values.items()
         )
     if manifest.per_rank:
         message.per_rank.name.extend(manifest.per_rank)
@@ -106,9 +106,9 @@ def encode(manifest: Manifest, structure: EncodedStructure | None = None) -> byt
             message.per_rank.length.extend(lengths.tolist())
         message.per_rank.file.extend(manifest.per_rank_file.tolist())
     if manifest.metadata is not None:
-        message.metadata.CopyFrom(to_value(dict(manifest.metadata), None, "metadata"))
+        message.metadata.CopyFrom(to_value(dict(manifest.metadata), "metadata"))
     if manifest.metrics is not None:
-        message.metrics.CopyFrom(to_value(dict(manifest.metrics), None, "metrics"))
+        message.metrics.CopyFrom(to_value(dict(manifest.metrics), "metrics"))
     return wrap(message.SerializeToString(deterministic=True))
 
 

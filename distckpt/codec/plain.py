@@ -37,7 +37,7 @@ def pack(value: object) -> bytes:
         LayoutError: A value of another type, or nested deeper than 40.
     """
     arrays: list[np.ndarray] = []
-    tree = to_value(value, arrays, "value").SerializeToString()
+    tree = _message(value, arrays, "value").SerializeToString()
     return b"".join([struct.pack("<Q", len(tree)), tree, *map(_raw, arrays)])
 
 
@@ -70,7 +70,7 @@ def unpack(blob: bytes | bytearray | memoryview, *, copy: bool = True) -> Any:
 
 def encode_value(value: object) -> bytes:
     """Encode a plain value without arrays; equal bytes mean equal values, also for NaN and −0.0."""
-    data: bytes = to_value(value, None, "value").SerializeToString(deterministic=True)
+    data: bytes = to_value(value, "value").SerializeToString(deterministic=True)
     return data
 
 
@@ -79,80 +79,119 @@ def decode_value(data: bytes) -> Any:
     return from_value(pb.Value.FromString(data))
 
 
-def to_value(value: object, arrays: list[np.ndarray] | None, where: str, depth: int = 0) -> Any:
-    """Make the protobuf message of a nested plain value.
+def to_value(value: object, where: str) -> Any:
+    """Make the protobuf message of a plain value without arrays.
 
     Args:
-        value: As in `pack`.
-        arrays: Takes the arrays, which lie behind the message; None where none are allowed.
+        value: As in `pack`, but for the arrays.
         where: What the value is, for messages.
-        depth: How deep it is nested.
 
     Raises:
         LayoutError: As in `pack`.
     """
-    if depth > MAX_DEPTH:
-        raise LayoutError(f"{where}: nested deeper than {MAX_DEPTH}")
-    if isinstance(value, np.generic | np.ndarray) or (
-        arrays is not None and hasattr(value, "__array__")
+    return _message(value, None, where)
+
+
+def _message(value: object, arrays: list[np.ndarray] | None, where: str) -> Any:
+    message = pb.Value()
+    _fill(message, value, arrays, (where,))
+    return message
+
+
+# Not made anew for each value: most messages between ranks are made of a dozen, and are on the way
+# of training.
+_PLAIN = frozenset({str, bool, int, float, bytes, dict, list, tuple, type(None)})
+_ARRAYS, _RAW = (np.generic, np.ndarray), (bytes, bytearray, memoryview)
+_KEY = object()  # in the place of a value: a key of what is around it
+
+
+def _fill(
+    message: Any, value: object, arrays: list[np.ndarray] | None, where: tuple[object, ...]
+) -> None:
+    """Put a nested plain value into a message where it is: what is put together later is copied.
+
+    Args:
+        message: A `Value`.
+        value: As in `pack`.
+        arrays: Takes the arrays, which lie behind the message; None where none are allowed.
+        where: The name of the outermost value, and the keys that lead to this one.
+    """
+    if len(where) > MAX_DEPTH + 1:
+        raise LayoutError(f"{_text(where)}: nested deeper than {MAX_DEPTH}")
+    if type(value) not in _PLAIN and (
+        isinstance(value, _ARRAYS) or (arrays is not None and hasattr(value, "__array__"))
     ):
-        return _to_array(value, arrays, where)
-    if value is None:
-        return pb.Value(null=True)
-    if isinstance(value, bool):
-        return pb.Value(boolean=value)
-    if isinstance(value, int):
-        if -(1 << 63) <= value < 1 << 63:
-            return pb.Value(integer=value)
-        return pb.Value(
-            big_integer=value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-        )
-    if isinstance(value, float):
-        return pb.Value(real=value)
-    if isinstance(value, str):
+        _fill_array(message.array, value, arrays, where)
+    elif isinstance(value, str):
         try:
-            return pb.Value(text=value)
+            message.text = value
         except UnicodeEncodeError as exc:
-            raise LayoutError(f"{where}: not valid Unicode ({exc.reason})") from exc
-    if isinstance(value, bytes | bytearray | memoryview):
-        return pb.Value(raw=bytes(value))
+            raise LayoutError(f"{_text(where)}: not valid Unicode ({exc.reason})") from exc
+    elif value is None:
+        message.null = True
+    elif isinstance(value, bool):
+        message.boolean = value
+    elif isinstance(value, int):
+        if -(1 << 63) <= value < 1 << 63:
+            message.integer = value
+        else:
+            message.big_integer = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    elif isinstance(value, float):
+        message.real = value
+    elif isinstance(value, _RAW):
+        message.raw = bytes(value)
+    else:
+        _fill_container(message, value, arrays, where)
+
+
+def _fill_container(
+    message: Any, value: object, arrays: list[np.ndarray] | None, where: tuple[object, ...]
+) -> None:
     if isinstance(value, list | tuple):
-        items = [
-            to_value(item, arrays, f"{where}[{index}]", depth + 1)
-            for index, item in enumerate(value)
-        ]
-        return (
-            pb.Value(list=pb.List(item=items))
-            if isinstance(value, list)
-            else pb.Value(tuple=pb.List(item=items))
+        items = message.list if isinstance(value, list) else message.tuple
+        items.SetInParent()  # it may be empty
+        for index, item in enumerate(value):
+            _fill(items.item.add(), item, arrays, (*where, index))
+    elif isinstance(value, Mapping):
+        message.dict.SetInParent()
+        for key, item in value.items():
+            _fill(message.dict.key.add(), key, None, (*where, _KEY))
+            _fill(message.dict.item.add(), item, arrays, (*where, key))
+    else:
+        raise LayoutError(
+            f"{_text(where)}: {type(value).__name__} can't be stored here; use plain values"
+            + (", arrays," if arrays is not None else "")
+            + " and lists, tuples and dicts of them"
         )
-    if isinstance(value, Mapping):
-        keys = [to_value(key, None, f"a key of {where}", depth + 1) for key in value]
-        items = [
-            to_value(item, arrays, f"{where}[{key!r}]", depth + 1) for key, item in value.items()
-        ]
-        return pb.Value(dict=pb.Dict(key=keys, item=items))
-    raise LayoutError(
-        f"{where}: {type(value).__name__} can't be stored here; use plain values"
-        + (", arrays," if arrays is not None else "")
-        + " and lists, tuples and dicts of them"
-    )
 
 
-def _to_array(value: object, arrays: list[np.ndarray] | None, where: str) -> Any:
+def _text(where: tuple[object, ...]) -> str:
+    text = str(where[0])
+    for step in where[1:]:
+        text = f"a key of {text}" if step is _KEY else f"{text}[{step!r}]"
+    return text
+
+
+def _fill_array(
+    message: Any, value: object, arrays: list[np.ndarray] | None, where: tuple[object, ...]
+) -> None:
     array = np.asarray(value)
     entry = dtypes.find(array.dtype)
     if arrays is None or entry is None:
         what = f"an array of dtype {array.dtype}" if arrays is not None else "an array"
-        raise LayoutError(f"{where}: {what} can't be stored here")
+        raise LayoutError(f"{_text(where)}: {what} can't be stored here")
     shape = array.shape
     if len(shape) > MAX_DIMENSIONS:
-        raise LayoutError(f"{where}: {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
+        raise LayoutError(f"{_text(where)}: {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
     # Scalars stay scalars: a shape of () is an array of no dimensions.
     array = np.ascontiguousarray(array, entry.numpy).reshape(shape)
-    offset = sum(other.nbytes for other in arrays)
+    message.dtype = entry.code
+    message.shape.extend(shape)
+    message.offset = sum(other.nbytes for other in arrays)
     arrays.append(array)
-    return pb.Value(array=pb.Array(dtype=entry.code, shape=shape, offset=offset))
+
+
+_AS_IT_IS = frozenset({"boolean", "integer", "real", "text", "raw"})
 
 
 class _Arrays:
@@ -189,8 +228,7 @@ def checked_dict(keys: Sequence[Any], items: Sequence[Any]) -> dict[Any, Any]:
             are hashed with a secret, but numbers and tuples that collide can be computed.
         TypeError: A key that can't be one.
     """
-    alike = Counter(map(hash, keys))
-    if alike and max(alike.values()) > _MOST_ALIKE:
+    if len(keys) > _MOST_ALIKE and max(Counter(map(hash, keys)).values()) > _MOST_ALIKE:
         raise CorruptCheckpoint("a dict whose keys collide, as no honest ones do")
     return dict(zip(keys, items, strict=True))
 
@@ -199,16 +237,18 @@ def from_value(value: Any, arrays: _Arrays | None = None) -> Any:
     """Make the plain value of a protobuf message.
 
     Args:
-        value: What `to_value` made.
+        value: What `to_value` or `pack` made.
         arrays: What lies behind the message; None where no arrays are allowed.
 
     Raises:
-        CorruptCheckpoint: A message that `to_value` does not make.
+        CorruptCheckpoint: A message that they do not make.
     """
     kind = value.WhichOneof("kind")
     if kind is None:
         raise CorruptCheckpoint("a value of no kind, or of one that this version doesn't know")
     content = getattr(value, kind)
+    if kind in _AS_IT_IS:
+        return content
     if kind == "null":
         return None
     if kind == "big_integer":
@@ -222,8 +262,6 @@ def from_value(value: Any, arrays: _Arrays | None = None) -> Any:
             raise CorruptCheckpoint("a dict with unequal numbers of keys and items")
         keys = [from_value(key) for key in content.key]
         return checked_dict(keys, [from_value(item, arrays) for item in content.item])
-    if kind == "array":
-        if arrays is None:
-            raise CorruptCheckpoint("an array where only plain values can be")
-        return arrays.take(content)
-    return content
+    if arrays is None:
+        raise CorruptCheckpoint("an array where only plain values can be")
+    return arrays.take(content)
