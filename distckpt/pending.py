@@ -149,10 +149,13 @@ class PendingCheckpoint:
         self._commit = self._protocol()
         self._bytes_total = sum(image.layout.length for image in save.images.values())
         self._claimed = threading.Lock()
-        self._in_background(self._write_and_commit if team.coordinator.concurrent else self._write)
-        if not team.coordinator.concurrent:
+        concurrent = team.coordinator.concurrent
+        is_here = self._in_background(self._write_and_commit if concurrent else self._write)
+        if not concurrent:
             team.backlog.add(self._advance)
         self._begun.set()
+        if is_here:
+            self.close()
         if self._staging is not None and not self._staging.has_begun:
             with save.recorder.phase("stage"):
                 self._staging.wait_now()
@@ -237,8 +240,12 @@ class PendingCheckpoint:
             self._team.backlog.advance()
             time.sleep(1e-3)
 
-    def _in_background(self, work: Callable[[], None]) -> None:
-        """Have a thread do what is to be done; or do it here, where there can be no thread."""
+    def _in_background(self, work: Callable[[], None]) -> bool:
+        """Have a thread do what is to be done; or do it here, where there can be no thread.
+
+        Returns:
+            Whether it was done here. Then nobody may come by later to drive the commit, either.
+        """
 
         def once() -> None:
             # What no thread could be started for may be done by one that is there, all the same.
@@ -255,6 +262,8 @@ class PendingCheckpoint:
         except RuntimeError:  # none can be started, or the program is ending
             self._begun.set()
             once()
+            return True
+        return False
 
     def _write(self) -> None:
         # Else it would take a core, and the interpreter's lock, from the call that starts it. Not

@@ -477,6 +477,29 @@ def test_where_no_thread_can_be_started_the_caller_writes_once(monkeypatch):
     assert pending.wait()["w"].read().tolist() == list(range(9))
 
 
+@pytest.mark.parametrize("concurrent", [True, False])
+def test_where_a_rank_can_start_no_thread_nobody_need_come_by_again(monkeypatch, concurrent):
+    """As in an exit handler: what drives commits in the main thread has run by then."""
+    submit = pending_module.ThreadPoolExecutor.submit
+
+    def refuse(pool, work):
+        if threading.current_thread().name == "rank-1":
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        return submit(pool, work)
+
+    monkeypatch.setattr(pending_module.ThreadPoolExecutor, "submit", refuse)
+    store = MemoryStore()
+
+    def go(comm):
+        pending = distckpt.save_async(store, {"w": np.arange(9.0)}, comm=comm)
+        if comm.rank == 1:
+            return pending._closed.is_set()
+        return pending.wait(20) is not None
+
+    assert run_ranks(2, go, concurrent=concurrent) == [True, True]
+    assert distckpt.open(store)["w"].read().tolist() == list(range(9))
+
+
 def test_what_nobody_foresaw_in_the_thread_is_logged(monkeypatch, caplog):
     store = MemoryStore()
 
