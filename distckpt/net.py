@@ -166,26 +166,25 @@ class Footing:
 
     Attributes:
         stored: See above.
-        item: (keys,) the number of each box's tensor.
-        items: The same, listed.
+        items: The number of each box's tensor, by key.
         is_one_each: Whether each tensor is one box.
     """
 
     def __init__(self, held: Holdings, stored: np.ndarray) -> None:
         self.stored = stored
-        self.item, self._start, self._stop = held.keys()
-        self.items: list[int] = self.item.tolist()
+        self._item, self._start, self._stop = held.keys()
+        self.items: list[int] = self._item.tolist()
         self.is_one_each = self.items == list(range(len(held.names)))
         size = (self._stop - self._start).prod(axis=1)
         nbytes = np.zeros(len(held.names), np.int64)
-        np.add.at(nbytes, self.item, size)
+        np.add.at(nbytes, self._item, size)
         itemsize = dtypes.itemsizes(held.dtype)
         # What Python can hand out as it is.
-        length = np.where(dtypes.are_exported(held.dtype), nbytes * itemsize, -1)[self.item]
+        length = np.where(dtypes.are_exported(held.dtype), nbytes * itemsize, -1)[self._item]
         self._length: list[int] = length.tolist()
         before = np.cumsum(size) - size
-        within = (before - before[np.searchsorted(self.item, self.item)]) * itemsize[self.item]
-        self._first = np.where(stored == held.dtype[self.item], within, -1)
+        within = (before - before[np.searchsorted(self._item, self._item)]) * itemsize[self._item]
+        self._first = np.where(stored == held.dtype[self._item], within, -1)
         self._places = Places(self._start, self._stop, self._first)
 
     @property
@@ -205,7 +204,7 @@ class Footing:
         """
         if all(filled):
             return self._places, self._length
-        fills = np.array(filled, bool)[self.item]
+        fills = np.array(filled, bool)[self._item]
         first = np.where(fills, self._first, -1)
         return Places(self._start, self._stop, first), np.where(fills, self._length, -1).tolist()
 

@@ -93,7 +93,7 @@ def make_ready(team: Team, store: Store, state: object, options: Options) -> Non
 def _threads() -> ThreadPoolExecutor:
     """Return the threads that saves are written by.
 
-    They are kept: the start of one holds up who starts it, by a fifth of the call of a lazy save.
+    They are kept: the start of one holds up who starts it, by a quarter of a lazy save's call.
     """
     threads = ThreadPoolExecutor(_MOST_THREADS, "distckpt-save", initializer=step_back)
     before_executors_close(threads.shutdown)
@@ -101,9 +101,9 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def finish_saves() -> None:
-    """Wait until this process has written its saves in flight. It can't write any afterwards.
+    """Wait until this process has written its saves in flight, as it does when a program ends.
 
-    Called when a program ends. What leaves by ``os._exit`` has to call it.
+    For what leaves by ``os._exit``. Saves that are begun afterwards are written by their callers.
     """
     _threads().shutdown()
 
@@ -120,11 +120,12 @@ def _arena_of(team: Team) -> Arena:
 class PendingCheckpoint:
     """A save in flight, made by `distckpt.save_async` and `Manager.save`.
 
-    It is written by a thread of its own. The commit is driven by that thread, too; where MPI was
-    initialised without MPI_THREAD_MULTIPLE, it is driven by the main thread instead, in `done`,
+    It is written by a thread in the background. The commit is driven by that thread, too; where MPI
+    was initialised without MPI_THREAD_MULTIPLE, it is driven by the main thread instead, in `done`,
     `wait`, every collective call of distckpt, and at exit. A failure is logged; where nobody waits
     for it, the next save raises it, or the program ends with status 74, unless `on_failure` says
-    otherwise. A program that ends finishes its saves first.
+    otherwise. A program that ends finishes its saves first. Where no thread can be started, as in
+    an exit handler, all is done when the call returns.
     """
 
     def __init__(

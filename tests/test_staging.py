@@ -507,7 +507,7 @@ def test_what_nobody_foresaw_in_the_thread_is_logged(monkeypatch, caplog):
         raise ZeroDivisionError("a fault of distckpt")
 
     monkeypatch.setattr(pending_module, "write", broken)
-    pending = distckpt.save_async(store, {"w": np.arange(9.0)})
+    pending = distckpt.save_async(store, {"w": np.arange(9.0)}, comm=distckpt.Solo())
     with pytest.raises(TimeoutError):
         pending.wait(0.2)
     assert "a fault of distckpt" in caplog.text

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 import sys
 import tracemalloc
 import uuid
 
 import numpy as np
 import pytest
+import with_s3
 from servers import BUCKET
 from store_contract import StoreTests, read, write
 
@@ -462,3 +464,15 @@ def test_without_s3fs_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(StoreError, match=r"pip install 'distckpt\[s3\]'"):
         open_store("s3://bucket/run")
+
+
+def test_a_server_that_takes_no_objects_is_not_waited_for_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(with_s3, "_PATIENCE_S", 1.0)
+    log = tmp_path / "server.log"
+    log.write_text("no space left")
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen(100)
+        server = with_s3.S3Server(f"http://127.0.0.1:{mute.getsockname()[1]}")
+        with pytest.raises(RuntimeError, match="takes no objects:\nno space left"):
+            with_s3._with_bucket(server, log)

@@ -98,8 +98,7 @@ def _message(value: object, arrays: list[np.ndarray] | None, where: str) -> Any:
     return message
 
 
-# Not made anew for each value: most messages between ranks are made of a dozen, and are on the way
-# of training.
+# Not made anew for each value: a message between ranks has a dozen, and training waits for some.
 _PLAIN = frozenset({str, bool, int, float, bytes, dict, list, tuple, type(None)})
 _ARRAYS, _RAW = (np.generic, np.ndarray), (bytes, bytearray, memoryview)
 _KEY = object()  # in the place of a value: a key of what is around it
@@ -191,9 +190,6 @@ def _fill_array(
     arrays.append(array)
 
 
-_AS_IT_IS = frozenset({"boolean", "integer", "real", "text", "raw"})
-
-
 class _Arrays:
     """The arrays behind a tree: no byte is handed out twice, so a small blob has no large value."""
 
@@ -231,6 +227,9 @@ def checked_dict(keys: Sequence[Any], items: Sequence[Any]) -> dict[Any, Any]:
     if len(keys) > _MOST_ALIKE and max(Counter(map(hash, keys)).values()) > _MOST_ALIKE:
         raise CorruptCheckpoint("a dict whose keys collide, as no honest ones do")
     return dict(zip(keys, items, strict=True))
+
+
+_AS_IT_IS = frozenset({"boolean", "integer", "real", "text", "raw"})
 
 
 def from_value(value: Any, arrays: _Arrays | None = None) -> Any:
